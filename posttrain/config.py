@@ -1,0 +1,84 @@
+"""YAML files and command-line overrides into frozen dataclasses, with errors that name the field."""
+
+import dataclasses
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from posttrain.errors import UserError, nearest
+
+T = TypeVar("T")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"config: no such file: {path}")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config: {path} is not YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise UserError(f"config: {path} must be a mapping of field to value")
+    return values
+
+
+def build(cls: type[T], values: dict[str, Any]) -> T:
+    """A dataclass from plain values: nested dataclasses, unions with None, tuples and lists; numbers widen, nothing else converts.
+
+    Errors: UserError naming an unknown field (with the nearest known one), a missing one, or one of the wrong type. The
+    dataclass's own `__post_init__` raises UserError for values out of range.
+    """
+    return _build(cls, values, "")
+
+
+def _build(cls: Any, values: dict[str, Any], prefix: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    for name in values:
+        if name not in fields:
+            raise UserError(f"{prefix}{name}: unknown field{nearest(str(name), fields)}")
+    arguments = {}
+    for name, field in fields.items():
+        if name in values:
+            arguments[name] = _convert(hints[name], values[name], f"{prefix}{name}")
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise UserError(f"{prefix}{name}: missing")
+    return cls(**arguments)
+
+
+def _convert(hint: Any, value: Any, field: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        options = typing.get_args(hint)
+        if value is None and type(None) in options:
+            return None
+        return _convert(next(option for option in options if option is not type(None)), value, field)
+    if origin is typing.Literal:
+        if value not in typing.get_args(hint):
+            choices = ", ".join(map(str, typing.get_args(hint)))
+            raise UserError(f"{field}: must be one of {choices}, got {value!r}")
+        return value
+    if origin in (list, tuple):
+        if not isinstance(value, (list, tuple)):
+            raise UserError(f"{field}: must be a list, got {value!r}")
+        return origin(_convert(typing.get_args(hint)[0], item, f"{field}[{i}]") for i, item in enumerate(value))
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise UserError(f"{field}: must be a mapping, got {value!r}")
+        return _build(hint, value, f"{field}.")
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 5e-5 as a string
+        try:
+            return float(value)
+        except ValueError:
+            raise UserError(f"{field}: must be a number, got {value!r}") from None
+    if hint in (int, str, bool) and (type(value) is not hint):
+        raise UserError(f"{field}: must be of type {hint.__name__}, got {value!r}")
+    return value

@@ -1,0 +1,65 @@
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+
+from posttrain.config import build, read_yaml
+from posttrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class Inner:
+    rate: float = 1.0
+
+
+@dataclass(frozen=True)
+class Outer:
+    name: str
+    size: int = 3
+    kind: Literal["a", "b"] = "a"
+    limit: int | None = None
+    layers: tuple[int, ...] = ()
+    inner: Inner = field(default_factory=Inner)
+
+
+def test_values_reach_their_fields():
+    outer = build(Outer, {"name": "x", "layers": [1, 2], "inner": {"rate": 2}, "limit": None})
+    assert outer == Outer("x", layers=(1, 2), inner=Inner(2.0))
+
+
+def test_yaml_exponents_are_numbers(tmp_path):
+    (tmp_path / "c.yaml").write_text("name: x\ninner: {rate: 5e-5}\n")
+    assert build(Outer, read_yaml(tmp_path / "c.yaml")).inner.rate == 5e-5
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"name": "x", "sise": 1}, r"sise: unknown field \(did you mean size\?\)"),
+        ({}, "name: missing"),
+        ({"name": "x", "size": "3"}, "size: must be of type int"),
+        ({"name": "x", "size": True}, "size: must be of type int"),
+        ({"name": "x", "kind": "c"}, "kind: must be one of a, b"),
+        ({"name": "x", "layers": 3}, "layers: must be a list"),
+        ({"name": "x", "layers": [1, "2"]}, r"layers\[1\]: must be of type int"),
+        ({"name": "x", "inner": {"rte": 1}}, r"inner.rte: unknown field \(did you mean rate\?\)"),
+        ({"name": "x", "inner": 1}, "inner: must be a mapping"),
+        ({"name": "x", "inner": {"rate": "fast"}}, "inner.rate: must be a number"),
+    ],
+)
+def test_errors_name_the_field(values, message):
+    with pytest.raises(UserError, match=message):
+        build(Outer, values)
+
+
+@pytest.mark.parametrize("text", ["- 1\n- 2\n", "a: [1\n", "\x00"])
+def test_a_file_that_is_no_mapping_is_refused_in_one_line(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UserError, match="config: ") as caught:
+        read_yaml(tmp_path / "c.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        read_yaml(tmp_path / "none.yaml")

@@ -1,0 +1,35 @@
+from posttrain.provenance import hash_files, hash_json, versions, write_json
+
+
+def test_hash_of_files_depends_on_names_and_contents_only(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+        (folder / "a").write_text("x")
+        (folder / "b").write_text("y")
+    assert hash_files([one / "a", one / "b"]) == hash_files([two / "b", two / "a"])
+    (two / "b").write_text("z")
+    assert hash_files([one / "a", one / "b"]) != hash_files([two / "a", two / "b"])
+
+
+def test_hash_of_a_value_ignores_the_order_of_keys():
+    assert hash_json({"a": 1, "b": (2, 3)}) == hash_json({"b": [2, 3], "a": 1})
+    assert hash_json({"a": 1}) != hash_json({"a": 2})
+
+
+def test_versions_name_what_can_change_a_result():
+    assert {"python", "torch", "transformers"} <= versions().keys()
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "summary.json"
+    write_json(path, {"a": 1})
+    old = path.read_text()
+    try:
+        write_json(path, {"a": float("nan")})
+    except ValueError:
+        pass
+    else:
+        raise AssertionError("JSON has no NaN")
+    assert path.read_text() == old
+    assert [file.name for file in tmp_path.iterdir()] == ["summary.json"]
