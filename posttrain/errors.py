@@ -12,7 +12,3 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """` (did you mean X?)`, or nothing when no known name is near."""
     match = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {match[0]}?)" if match else ""
-
-
-def missing_extra(package: str, extra: str) -> UserError:
-    return UserError(f"{package}: not installed; pip install 'posttrain[{extra}]' brings it")

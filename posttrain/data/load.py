@@ -1,0 +1,166 @@
+"""Problems with answers: a named data set, or the user's own file.
+
+A row is a dict with `id`, `problem`, `answer` (all strings) and whatever else its source carries. A name is looked up in
+this order: `arithmetic` (generated); a file; a folder `<name>/<split>.jsonl` under `POSTTRAIN_DATA`; the hub.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain.data import arithmetic
+from posttrain.errors import UserError, nearest
+from posttrain.rewards.math import extract_answer
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """Where the hub keeps a data set, and how its rows become ours."""
+
+    repository: str
+    configurations: tuple[str | None, ...]
+    convert: Callable[[Row], Row]
+
+
+def _gsm8k(row: Row) -> Row:
+    solution, _, answer = row["answer"].rpartition("####")
+    return {"problem": row["question"], "solution": solution.strip(), "answer": answer.strip().replace(",", "")}
+
+
+def _math(row: Row) -> Row:
+    return {**row, "answer": extract_answer(row["solution"]) or "0", "subject": row["type"]}
+
+
+def _svamp(row: Row) -> Row:
+    return {
+        "problem": f"{row['Body'].strip()} {row['Question'].strip()}",
+        "answer": str(row["Answer"]).removesuffix(".0"),
+    }
+
+
+def _as_it_is(row: Row) -> Row:
+    return row
+
+
+MATH_SUBJECTS = (
+    "algebra",
+    "counting_and_probability",
+    "geometry",
+    "intermediate_algebra",
+    "number_theory",
+    "prealgebra",
+    "precalculus",
+)
+HUB = {
+    "gsm8k": HubSource("openai/gsm8k", ("main",), _gsm8k),
+    "math": HubSource("EleutherAI/hendrycks_math", MATH_SUBJECTS, _math),
+    "math500": HubSource("HuggingFaceH4/MATH-500", (None,), _as_it_is),
+    "svamp": HubSource("ChilleD/SVAMP", (None,), _svamp),
+}
+
+
+def load_rows(data: str, split: str = "test", limit: int | None = None, seed: int = 0) -> list[Row]:
+    """The first `limit` rows of a data set's split (of `arithmetic`: `limit` rows drawn by `seed`, 1000 by default).
+
+    Errors: UserError naming `data`, `split` or `limit`, or the first row without a problem or an answer.
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"limit: must be at least 1, got {limit}")
+    if data == "arithmetic":
+        try:
+            return arithmetic.rows(limit or 1000, split, seed)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    rows = _source(data, split)
+    if not rows:
+        raise UserError(f"data: {data} is empty")
+    rows = [_checked(row, f"{data} row {number}", number) for number, row in enumerate(rows[:limit], 1)]
+    seen: set[str] = set()
+    for row in rows:
+        if row["id"] in seen:
+            raise UserError(f"data: {data} has the id {row['id']!r} twice; ids must be unique")
+        seen.add(row["id"])
+    return rows
+
+
+def _source(data: str, split: str) -> list[Row]:
+    path = Path(data).expanduser()
+    if path.suffix in (".jsonl", ".json", ".parquet"):
+        return _read_file(path)
+    root = os.environ.get("POSTTRAIN_DATA")
+    if root:
+        folder = Path(root) / data
+        if (folder / f"{split}.jsonl").is_file():
+            return _read_file(folder / f"{split}.jsonl")
+        if folder.is_dir() and data not in HUB:
+            known = sorted(file.stem for file in folder.glob("*.jsonl"))
+            raise UserError(f"split: {data} has no split {split!r}; it has {', '.join(known)}")
+    if data in HUB:
+        return _from_hub(HUB[data], split)
+    if data.count("/") == 1 and not path.exists():
+        return _from_hub(HubSource(data, (None,), _as_it_is), split)
+    known = [
+        "arithmetic",
+        *HUB,
+        *(sorted(entry.name for entry in Path(root).iterdir()) if root and Path(root).is_dir() else ()),
+    ]
+    raise UserError(
+        f"data: no data set or file named {data}{nearest(data, known)}; "
+        "give arithmetic, a .jsonl or .parquet file, a folder under POSTTRAIN_DATA, or a hub id"
+    )
+
+
+def _read_file(path: Path) -> list[Row]:
+    if not path.is_file():
+        raise UserError(f"data: no such file: {path}")
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        try:
+            return pyarrow.parquet.read_table(path).to_pylist()
+        except (OSError, ValueError) as error:
+            raise UserError(f"data: {path} is not a Parquet file: {str(error).splitlines()[0]}") from None
+    rows = []
+    try:
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+            if line.strip():
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise UserError(f"data: {path} line {number} must be a JSON object")
+                rows.append(row)
+    except json.JSONDecodeError as error:
+        raise UserError(f"data: {path} line {number} is not JSON: {error.msg}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"data: {path} is not UTF-8 text") from None
+    return rows
+
+
+def _from_hub(source: HubSource, split: str) -> list[Row]:
+    from datasets import load_dataset
+
+    rows = []
+    for configuration in source.configurations:
+        try:
+            part = load_dataset(source.repository, configuration, split=split)
+        except Exception as error:  # the hub client raises whatever its transport raises
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            raise UserError(
+                f"data: {source.repository} ({split}) could not be loaded from the hub: {reason}; or set POSTTRAIN_DATA to a local copy"
+            ) from None
+        rows += [source.convert(row) for row in part]
+    return rows
+
+
+def _checked(row: Row, where: str, number: int) -> Row:
+    problem = row.get("problem", row.get("question"))
+    if not isinstance(problem, str) or not problem.strip():
+        raise UserError(f"problem: {where} has none; every row needs a text `problem` (or `question`)")
+    answer = row.get("answer")
+    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) or not str(answer).strip():
+        raise UserError(f"answer: {where} has none; every row needs an `answer`, text or a number")
+    return {**row, "id": str(row.get("id", number)), "problem": problem, "answer": str(answer)}

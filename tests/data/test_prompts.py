@@ -1,0 +1,47 @@
+import pytest
+
+from posttrain.data.prompts import BOXED, messages_for, render, template_for
+from posttrain.errors import UserError
+
+
+class Tokenizer:
+    chat_template = "yes"
+    bos_token_id = 1
+
+    def __init__(self, ids):
+        self.ids = ids
+
+    def apply_chat_template(self, messages, add_generation_prompt, return_dict):
+        assert add_generation_prompt and return_dict
+        return {"input_ids": self.ids}
+
+
+def test_the_default_user_turn():
+    assert template_for("arithmetic") == "{problem}"
+    assert template_for("gsm8k") == BOXED
+    assert messages_for({"problem": "1+1?"}, BOXED) == [
+        {"role": "user", "content": "1+1?\nPlease reason step by step, and put your final answer within \\boxed{}."}
+    ]
+
+
+@pytest.mark.parametrize("template", ["no placeholder", "{other}", "{problem", "{}", "{{problem}}"])
+def test_a_template_without_the_problem_is_refused(template):
+    with pytest.raises(UserError, match="prompt: "):
+        template_for("gsm8k", template)
+
+
+def test_braces_in_a_problem_are_left_alone():
+    assert messages_for({"problem": "\\frac{1}{2}"}, "{problem}!")[0]["content"] == "\\frac{1}{2}!"
+
+
+def test_a_second_bos_is_an_error():
+    assert render(Tokenizer([1, 5, 6]), []) == [1, 5, 6]
+    with pytest.raises(UserError, match="both add the BOS"):
+        render(Tokenizer([1, 1, 6]), [])
+
+
+def test_a_missing_chat_template_is_an_error():
+    tokenizer = Tokenizer([1])
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match="no chat template"):
+        render(tokenizer, [])
