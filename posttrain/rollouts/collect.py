@@ -1,0 +1,314 @@
+"""Collects a rollout table: samples every prompt, grades and stores; an interrupted run continues where it stopped.
+
+The unit of work is a shard: fixed prompts, admitted to the engine in a fixed order, alone. What is in a shard is a
+function of its prompts and the settings, so an unfinished shard is redone whole, a finished one never, and no shard
+shows where a run was killed.
+"""
+
+import errno
+import fcntl
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from posttrain.data.prompts import Message, messages_for, render
+from posttrain.errors import UserError
+from posttrain.provenance import hash_json, versions
+from posttrain.rewards.math import Grade, grade
+from posttrain.rollouts.engine import Completion, Engine, Request, Sampling, check_request
+from posttrain.rollouts.table import (
+    RolloutTable,
+    check_shard,
+    read_manifest,
+    read_table,
+    remove_scratch,
+    shard_name,
+    write_manifest,
+    write_shard,
+)
+
+SHARD_COMPLETIONS = 256  # what a kill can cost, against the end of each shard, where the batch runs empty
+DECISIVE = ("torch", "transformers")  # versions that a resumed collection must share
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A row of data as the model sees it. `id` is unique within a collection; `answer` is the gold answer."""
+
+    id: str
+    messages: Sequence[Message]
+    ids: tuple[int, ...]
+    answer: str
+
+
+def prompts_for(rows: Sequence[dict[str, Any]], tokenizer: Any, template: str) -> list[Prompt]:
+    """Rows of `load_rows` through the chat template."""
+    prompts = []
+    for row in rows:
+        messages = messages_for(row, template)
+        prompts.append(Prompt(row["id"], messages, tuple(render(tokenizer, messages)), row["answer"]))
+    return prompts
+
+
+def completion_seed(seed: int, prompt_id: str, sample: int) -> int:
+    """A completion's own seed, a hash: no other prompt, sample or order has a say in what it will be."""
+    digest = hashlib.sha256(f"{seed}\0{sample}\0{prompt_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def collect(
+    engine: Engine,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    *,
+    samples: int,
+    sampling: Sampling,
+    out: str | Path,
+    policy: str,
+    settings: dict[str, Any] | None = None,
+    shard_prompts: int | None = None,
+    resume: bool = False,
+    grader: Callable[..., list[Grade]] = grade,
+    progress: bool = True,
+) -> RolloutTable:
+    """`samples` completions of every prompt, as a rollout table in the folder `out`; sampling.seed is the run's seed.
+
+    policy: the model's name; settings: whatever else decides the rows (slots, dtype, threads, ...). All of it goes into
+    the manifest, and a resumed collection must agree with it. shard_prompts: prompts per shard, by default as many as
+    give 256 completions. grader: called with `completions` and `golds`.
+
+    Errors, all before any generation: UserError naming `samples`, `shard_prompts`, `prompt`, `max_tokens`, `data` or
+    `out`, or, on resume, the setting that differs from the interrupted run's.
+    """
+    if samples < 1:
+        raise UserError(f"samples: must be at least 1, got {samples}")
+    if shard_prompts is None:
+        shard_prompts = -(-SHARD_COMPLETIONS // samples)
+    if shard_prompts < 1:
+        raise UserError(f"shard_prompts: must be at least 1, got {shard_prompts}")
+    _check_prompts(prompts, engine, sampling)
+    out = Path(out)
+    policy = f"{policy}@{engine.fingerprint}"
+    manifest: dict[str, Any] = {
+        "settings": {
+            "policy": policy,
+            "data": hash_json([[prompt.id, prompt.ids, prompt.answer] for prompt in prompts]),
+            "prompts": len(prompts),
+            "samples": samples,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "max_tokens": sampling.max_tokens,
+            "seed": sampling.seed,
+            "stop_ids": list(sampling.stop_ids),
+            **({"stop": list(sampling.stop)} if sampling.stop else {}),
+            "shard_prompts": shard_prompts,
+            **(settings or {}),
+        },
+        "versions": versions(),
+        "expected_shards": -(-len(prompts) // shard_prompts),
+        "shards": {},
+        "seconds": 0.0,
+    }
+    with reserved(out):
+        manifest = _opened(out, manifest, resume)
+        finished = manifest["shards"]
+        with _Progress(len(prompts) * samples, progress) as bar:
+            for index in range(manifest["expected_shards"]):
+                if shard_name(index) in finished:
+                    bar.skip(finished[shard_name(index)]["rows"])
+                    continue
+                start = time.perf_counter()
+                first = index * shard_prompts
+                jobs = _jobs(prompts[first : first + shard_prompts], first, samples, sampling)
+                completions = _sample(engine, jobs, bar)
+                texts = [completion_text(tokenizer, completion) for completion in completions]
+                grades = grader(completions=texts, golds=[job.prompt.answer for job in jobs])
+                rows = [_row(*row, policy) for row in zip(jobs, completions, texts, grades, strict=True)]
+                bar.graded(rows)
+                with _writing(out):
+                    finished[shard_name(index)] = write_shard(out, index, rows)
+                    manifest["seconds"] += time.perf_counter() - start
+                    write_manifest(out, manifest)
+    return read_table(out)
+
+
+def _check_prompts(prompts: Sequence[Prompt], engine: Engine, sampling: Sampling) -> None:
+    if not prompts:
+        raise UserError("data: there is no prompt to sample")
+    seen: set[str] = set()
+    for prompt in prompts:
+        check_request(Request(0, prompt.ids, sampling), engine.context, f"row {prompt.id!r}")
+        if prompt.id in seen:
+            raise UserError(f"data: two rows have the id {prompt.id!r}; ids must be unique")
+        seen.add(prompt.id)
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"out: cannot write to {out}: {error.strerror}") from None
+
+
+@contextmanager
+def reserved(out: Path) -> Iterator[None]:
+    """The folder, made where it is missing, locked against a second run as long as this process lives."""
+    with _writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        folder = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"out: another run is writing to {out}") from None
+        yield
+    finally:
+        os.close(folder)
+
+
+def _opened(out: Path, manifest: dict[str, Any], resume: bool) -> dict[str, Any]:
+    """The manifest to go on with: the new one, now written, or on resume the old one, which must agree with it."""
+    if any(out.iterdir()):
+        if not resume:
+            raise UserError(
+                f"out: {out} is not empty; --resume continues an interrupted collection, or give another folder"
+            )
+        remove_scratch(out)
+        if any(out.iterdir()):
+            return _agreed(out, read_manifest(out), manifest)
+    with _writing(out):
+        write_manifest(out, manifest)
+    return manifest
+
+
+def _agreed(out: Path, old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    before, now = (
+        {**manifest["settings"], **{package: manifest["versions"].get(package) for package in DECISIVE}}
+        for manifest in (old, new)
+    )
+    for field in [*now, *before]:
+        if before.get(field) != now.get(field):
+            raise UserError(
+                f"{field}: {out} was collected with {before.get(field)!r}, not {now.get(field)!r}; "
+                "resume with the same settings, or give another folder"
+            )
+    for name in list(old["shards"]):
+        if (out / name).exists():
+            check_shard(out, name, old["shards"][name])
+        else:  # deleted, to be collected again
+            del old["shards"][name]
+    return old
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A row before it is sampled."""
+
+    prompt: Prompt
+    group: int
+    sample: int
+    request: Request
+
+
+def _jobs(prompts: Sequence[Prompt], first: int, samples: int, sampling: Sampling) -> list[_Job]:
+    """In order of prompt, then sample."""
+    jobs: list[_Job] = []
+    for group, prompt in enumerate(prompts, first):
+        for k in range(samples):
+            own = replace(sampling, seed=completion_seed(sampling.seed, prompt.id, k))
+            jobs.append(_Job(prompt, group, k, Request(len(jobs), prompt.ids, own)))
+    return jobs
+
+
+def _sample(engine: Engine, jobs: Sequence[_Job], bar: "_Progress") -> list[Completion]:
+    """In order of the jobs."""
+    completions = {}
+    for completion in engine.generate(job.request for job in jobs):
+        completions[completion.request_id] = completion
+        bar.sampled(completion)
+    return [completions[job.request.id] for job in jobs]
+
+
+def _row(job: _Job, completion: Completion, text: str, graded: Grade, policy: str) -> dict[str, Any]:
+    sampling = job.request.sampling
+    return {
+        "prompt_id": job.prompt.id,
+        "sample": job.sample,
+        "group": job.group,
+        "prompt": list(job.prompt.messages),
+        "prompt_ids": job.prompt.ids,
+        "completion": text,
+        "completion_ids": completion.ids,
+        "finish_reason": completion.finish_reason,
+        "answer": job.prompt.answer,
+        "extracted": graded.answer,
+        "verdict": graded.verdict,
+        "reward": float(graded.correct),
+        "correct": graded.correct,
+        "logprobs": completion.logprobs,
+        "policy": policy,
+        "guide": None,
+        "sampling": {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "max_tokens": sampling.max_tokens,
+            "seed": sampling.seed,
+        },
+    }
+
+
+def completion_text(tokenizer: Any, completion: Completion) -> str:
+    """Without special tokens, and cut before the stop text that ended it."""
+    text: str = tokenizer.decode(completion.ids, skip_special_tokens=True)
+    return text.partition(completion.stop)[0] if completion.stop else text
+
+
+class _Progress:
+    """Completions, tokens per second and accuracy so far, on stderr where that is a terminal."""
+
+    def __init__(self, total: int, shown: bool) -> None:
+        self.bar = tqdm(
+            total=total, desc="rollout", unit="completion", disable=None if shown else True, dynamic_ncols=True
+        )
+        self.start = time.perf_counter()
+        self.tokens = self.correct = self.rows = 0
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def skip(self, rows: int) -> None:
+        """Finished before this run: done, but no measure of its speed."""
+        if not self.bar.disable:
+            self.bar.initial += rows
+            self.bar.update(rows)
+
+    def sampled(self, completion: Completion) -> None:
+        self.tokens += len(completion.ids)
+        self.bar.update()
+        self._show()
+
+    def graded(self, rows: Sequence[dict[str, Any]]) -> None:
+        self.rows += len(rows)
+        self.correct += sum(row["correct"] for row in rows)
+        self._show()
+
+    def _show(self) -> None:
+        if not self.bar.disable:
+            speed = self.tokens / (time.perf_counter() - self.start)
+            accuracy = f"{self.correct / self.rows:.3f}" if self.rows else "-"
+            self.bar.set_postfix_str(f"{speed:.0f} tokens/s, accuracy {accuracy}", refresh=False)

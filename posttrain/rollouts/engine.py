@@ -1,0 +1,112 @@
+"""The engine protocol: prompts as token ids in, completions as token ids out, in the order in which they finish."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from posttrain.errors import UserError
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one request is sampled; the law is softmax(logits / temperature), cut to top_k, renormalised, cut to top_p,
+    renormalised.
+
+    `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off; `stop_ids` empty means the model's own end-of-text ids;
+    `stop` are texts that end a completion as well, once its decoded text contains one;
+    `seed` is this request's own: the same seed gives the same completion whatever else is sampled beside it.
+
+    Errors: UserError naming the field that is out of range.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 256
+    seed: int = 0
+    stop_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not (self.temperature == 0 or 1e-6 <= self.temperature < math.inf):
+            raise UserError(
+                f"temperature: must be 0 (greedy) or a finite number of at least 1e-6, got {self.temperature}"
+            )
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p: must be above 0 and at most 1 (off), got {self.top_p}")
+        if self.top_k < 0:
+            raise UserError(f"top_k: must be 0 (off) or more, got {self.top_k}")
+        if self.max_tokens < 1:
+            raise UserError(f"max_tokens: must be at least 1, got {self.max_tokens}")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed: must be between 0 and 2**63 - 1, got {self.seed}")
+        if not all(self.stop):
+            raise UserError("stop: an empty text would end every completion at once")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion to sample. `id` is the caller's own name for it, unique within one call of `generate`."""
+
+    id: int
+    prompt_ids: tuple[int, ...]
+    sampling: Sampling
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What came of a request.
+
+    `ids` include the stop token when `finish_reason` is "stop". `logprobs` are those of `ids`, in nats, under the law
+    that was really sampled from; of a greedy request, under the model's own law at temperature 1 (the law of argmax is
+    a point mass, whose log-probability 0 tells nobody anything).
+    """
+
+    request_id: int
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+    stop: str | None = None  # the text of `Sampling.stop` that ended it; `ids` go on to the token that completed it
+
+
+def first_stop(text: str, stop: Sequence[str]) -> str | None:
+    """Which of the stop texts occurs first in a text."""
+    found = [(text.index(candidate), candidate) for candidate in stop if candidate in text]
+    return min(found)[1] if found else None
+
+
+class Engine(Protocol):
+    """Turns requests into completions.
+
+    `fingerprint` names the weights; `context` is the largest number of tokens that prompt and completion may have
+    together.
+    """
+
+    fingerprint: str
+    context: int
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """Every request's completion, once, as they finish. Errors: UserError for a request that cannot fit, before any
+        generation."""
+        ...
+
+
+def check_request(request: Request, context: int, name: str = "") -> None:
+    """Every engine and every collector calls this before it generates anything.
+
+    Errors: UserError naming `prompt` or `max_tokens`; `name` says which prompt (default: the request's id).
+    """
+    length = len(request.prompt_ids)
+    name = name or f"request {request.id}"
+    if length == 0:
+        raise UserError(f"prompt: {name} is empty; it needs at least one token")
+    if length >= context:
+        raise UserError(f"prompt: {name} has {length} tokens, the model's context is {context}; shorten it")
+    if length + request.sampling.max_tokens > context:
+        raise UserError(
+            f"max_tokens: {name} has {length} tokens and asks for {request.sampling.max_tokens} more, "
+            f"the model's context is {context}; at most {context - length} fit"
+        )

@@ -1,0 +1,249 @@
+"""The engine on plain transformers: continuous batching over a slot cache, on CPU or GPU, in float32 or bfloat16.
+
+Why not transformers' own continuous batching (5.17): it draws with one `torch.multinomial` under one seed per process,
+so that a request's tokens depend on its neighbours; temperature, top-k and top-p per request exist only where the
+generation config already uses them; its paged cache and its fused forward-and-sample step leave no place for a guide
+that keeps a cache of its own.
+"""
+
+import math
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from posttrain.errors import UserError
+from posttrain.models.cache import DecodeMasks, SlotCache, decode_attention, read_length
+from posttrain.rollouts.engine import Completion, FinishReason, Request, check_request, first_stop
+from posttrain.rollouts.sampling import Law, noise
+
+STOP_SLACK = 8  # tokens before a stop text that are decoded with it: the first of them may be half a character
+PREFILL_TOKENS = 8192  # prompt tokens, padding included, in one forward
+ADMIT_SHARE = (
+    8  # newcomers wait until one slot in so many is free: a forward for several costs little more than for one
+)
+
+
+class TransformersEngine:
+    """An `Engine` on a causal language model that stays where it is, as it is.
+
+    A request's noise is a function of its own seed and token index alone, so its tokens depend neither on its
+    neighbours nor on `slots`, up to the rounding of batched matrix products. Each call of `generate` has its own cache:
+    abandoning the iterator, or an exception in the middle, leaves the engine usable.
+
+    tokenizer: its end-of-text id is a stop id, beside those of the model's generation config; eos_ids: these and no
+    others.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        fingerprint: str,
+        slots: int = 64,
+        eos_ids: Collection[int] | None = None,
+    ) -> None:
+        if slots < 1:
+            raise UserError(f"slots: must be at least 1, got {slots}")
+        config = model.config.get_text_config()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.fingerprint = fingerprint
+        self.slots = slots
+        self.context: int = config.max_position_embeddings
+        self.vocab: int = config.vocab_size
+        self.eos_ids = frozenset(_eos_ids(model, tokenizer) if eos_ids is None else eos_ids)
+        self.masks = DecodeMasks(model)
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """Completions as they finish. Errors: UserError for a request that cannot fit, before any generation."""
+        waiting = deque(requests)
+        for request in waiting:
+            check_request(request, self.context)
+            if request.sampling.stop and self.tokenizer is None:
+                raise UserError("stop: stop texts need an engine that has a tokenizer")
+            if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < self.vocab:
+                raise UserError(
+                    f"prompt: request {request.id} has token ids outside the model's vocabulary of {self.vocab}"
+                )
+        return self._run(waiting)
+
+    def _run(self, waiting: deque[Request]) -> Iterator[Completion]:
+        training = self.model.training
+        self.model.eval()
+        try:
+            batch = Batch(self)
+            while waiting or batch.rows:
+                free = self.slots - len(batch.rows)
+                if waiting and (not batch.rows or free * ADMIT_SHARE >= self.slots):
+                    batch.add([waiting.popleft() for _ in range(min(free, len(waiting)))])
+                yield from batch.step()
+        finally:
+            self.model.train(training)
+
+
+class Row:
+    """A request in a slot."""
+
+    __slots__ = ("ids", "limit", "logprobs", "request", "stop", "stops")
+
+    def __init__(self, request: Request, eos_ids: frozenset[int]) -> None:
+        self.request = request
+        self.stops = frozenset(request.sampling.stop_ids) or eos_ids
+        self.limit = request.sampling.max_tokens
+        self.ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.stop: str | None = None
+
+    @property
+    def position(self) -> int:
+        """Of the next token to be fed: at first the prompt's last one."""
+        return len(self.request.prompt_ids) + len(self.ids) - 1
+
+    @property
+    def token(self) -> int:
+        return self.ids[-1] if self.ids else self.request.prompt_ids[-1]
+
+    def meets_stop(self, tokenizer: Any) -> bool:
+        """Whether the last token completed a stop text. A token is a byte or more, so only the last few are decoded."""
+        window = STOP_SLACK + max(len(text.encode()) for text in self.request.sampling.stop)
+        tail = tokenizer.decode(self.ids[-window:], skip_special_tokens=True)
+        self.stop = first_stop(tail, self.request.sampling.stop)
+        return self.stop is not None
+
+
+class Batch:
+    """The running batch: rows[r] lives in slot r of the cache."""
+
+    def __init__(self, engine: TransformersEngine) -> None:
+        self.model = engine.model
+        self.tokenizer = engine.tokenizer
+        self.device: torch.device = engine.model.device
+        self.eos_ids = engine.eos_ids
+        self.masks = engine.masks
+        self.cache = SlotCache(engine.slots, engine.context)
+        self.rows: list[Row] = []
+        self._stale = True  # a request entered or left: before the next step, all below is made anew from `rows`
+        self.tokens: Tensor  # int64 [rows]: the token that is fed next, at its position
+        self.positions: Tensor
+        self.starts: Tensor  # int64 [rows]: the position from which a row's first completion token is sampled
+        self.seeds: Tensor
+        self.law: Law
+
+    @torch.inference_mode()
+    def add(self, requests: list[Request]) -> None:
+        """Fills the prompts, all but their last token, into the cache; equal prompts are read once.
+
+        A prompt's last token is the first that `step` feeds: the first completion token is sampled where all others
+        are, and no forward over prompts computes logits that are thrown away.
+        """
+        by_prompt: dict[tuple[int, ...], list[Request]] = {}
+        for request in requests:
+            by_prompt.setdefault(request.prompt_ids, []).append(request)
+        for prompts in _similar(sorted(by_prompt, key=len)):
+            first = len(self.rows)
+            self.rows += [Row(request, self.eos_ids) for prompt in prompts for request in by_prompt[prompt]]
+            width = len(prompts[-1]) - 1
+            if width == 0:
+                continue
+            copies = [index for index, prompt in enumerate(prompts) for _ in by_prompt[prompt]]
+            shared = len(copies) > len(prompts)
+            # Right-padded, under the model's own causal mask: no token sees the padding behind it.
+            padded = [[*prompt[:-1], *[0] * (width + 1 - len(prompt))] for prompt in prompts]
+            self.cache.fill(first, width, torch.tensor(copies, device=self.device) if shared else None)
+            self._forward(
+                torch.tensor(padded, device=self.device), torch.arange(width, device=self.device).unsqueeze(0), None
+            )
+        self._stale = True
+
+    @torch.inference_mode()
+    def step(self) -> list[Completion]:
+        """One token for every row; the completions that it finished."""
+        if self._stale:
+            self._refresh()
+        longest = read_length(1 + max(row.position for row in self.rows))
+        self.cache.step(self.positions, longest)
+        with decode_attention(self.model):
+            logits = self._forward(
+                self.tokens.unsqueeze(1), self.positions.unsqueeze(1), self.masks(self.positions, longest)
+            )
+        scores = self.law.scale(logits[:, -1])
+        uniforms = None if self.law.all_greedy else noise(self.seeds, self.positions - self.starts)
+        self.tokens, logprobs = self.law.draw(scores, uniforms)
+        self.positions = self.positions + 1
+        # The one synchronisation of a step; float64 holds ids and float32 log-probabilities exactly.
+        sampled, sampled_logprobs = torch.stack((self.tokens.double(), logprobs.double())).tolist()
+        if math.isnan(sum(sampled_logprobs)):
+            raise UserError(
+                "model: its logits are not numbers (NaN); the weights are broken, or overflow in this dtype"
+            )
+        finished = []
+        for slot, (row, token, logprob) in enumerate(zip(self.rows, sampled, sampled_logprobs, strict=True)):
+            row.ids.append(int(token))
+            row.logprobs.append(logprob)
+            stopped = token in row.stops or (row.request.sampling.stop and row.meets_stop(self.tokenizer))
+            if stopped or len(row.ids) == row.limit:
+                finished.append(slot)
+        return self._remove(finished) if finished else []
+
+    def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor | dict[str, Tensor] | None) -> Tensor:
+        return self.model(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+
+    def _remove(self, finished: list[int]) -> list[Completion]:
+        """Takes rows out, and moves the last rows into the holes."""
+        completions = []
+        for slot in finished:
+            row = self.rows[slot]
+            reason: FinishReason = "stop" if row.ids[-1] in row.stops or row.stop else "length"
+            completions.append(Completion(row.request.id, tuple(row.ids), tuple(row.logprobs), reason, row.stop))
+        left = len(self.rows) - len(finished)
+        targets = [slot for slot in finished if slot < left]
+        sources = sorted(set(range(left, len(self.rows))).difference(finished))
+        length = max((self.rows[slot].position for slot in sources), default=0)
+        self.cache.move(sources, targets, length)
+        for source, target in zip(sources, targets, strict=True):
+            self.rows[target] = self.rows[source]
+        del self.rows[left:]
+        self._stale = True
+        return completions
+
+    def _refresh(self) -> None:
+        samplings = [row.request.sampling for row in self.rows]
+        state = [
+            [row.token for row in self.rows],
+            [row.position for row in self.rows],
+            [len(row.request.prompt_ids) - 1 for row in self.rows],
+            [sampling.seed for sampling in samplings],
+        ]
+        self.tokens, self.positions, self.starts, self.seeds = torch.tensor(state, device=self.device)
+        self.law = Law.of(samplings, self.device)
+        self._stale = False
+
+
+def _similar(prompts: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
+    """Prompts, sorted by length, in batches with little padding and a bounded number of tokens."""
+    batch: list[tuple[int, ...]] = []
+    for prompt in prompts:
+        if batch and (len(prompt) > 1.5 * len(batch[0]) + 16 or len(prompt) * (len(batch) + 1) > PREFILL_TOKENS):
+            yield batch
+            batch = []
+        batch.append(prompt)
+    if batch:
+        yield batch
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> set[int]:
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    found = set(configured if isinstance(configured, list) else [configured])
+    found.add(getattr(tokenizer, "eos_token_id", None))
+    return found - {None}
