@@ -1,0 +1,1 @@
+"""Mathematical answers: read from text into trees, and compared there."""

@@ -1,0 +1,238 @@
+"""Answers: what may stand around an expression.
+
+    answer := item ((`,` | `;` | and | or) item)*
+    item   := words | words? side (relation side)*
+    side   := union unit?
+
+Text stands alone (`east`), names what follows (`Area = 12`) or is the unit of what precedes it (`12 feet`); anything
+else is no answer.
+"""
+
+from posttrain.rewards.answers import units
+from posttrain.rewards.answers.cursor import MONEY, RELATIONS, SEPARATORS
+from posttrain.rewards.answers.lexer import STATES, ParseError, Token, tokens
+from posttrain.rewards.answers.linear import product
+from posttrain.rewards.answers.macros import Macros
+from posttrain.rewards.answers.tree import (
+    EMPTY_SET,
+    MINUS_ONE,
+    Apply,
+    Listing,
+    Node,
+    Num,
+    Quantity,
+    Relation,
+    Sym,
+    Words,
+    fits,
+    negative,
+    number,
+)
+
+ARTICLES = frozenset(("a", "an", "the"))
+LEAD_INS = frozenset("approximately about exactly only option choice part".split())
+NOTHING = frozenset(
+    ("none", "empty", "empty set", "no solution", "no solutions", "no real solutions", "no real solution",
+     "there are no solutions",
+     "there is no solution", "no roots", "no real roots", "there are no real solutions")
+)  # fmt: skip
+EVERYTHING = frozenset(
+    ("all real numbers", "all reals", "all real", "any real number", "every real number", "real numbers", "reals")
+)
+LONGEST_CHAIN = 50
+MOST_NODES, TALLEST = 4_000, 100
+
+
+def parse(text: str, *, grouped: bool = True, trusted: bool = False) -> Node:
+    """The tree of a respelled answer; raises ParseError.
+
+    `grouped`: `1,234` is one number; `trusted`: a gold, whose words are taken for units more freely.
+    """
+    parser = Parser(tokens(text, grouped), "\\" in text, trusted)
+    node = parser.answer()
+    if parser.peek() is not None:
+        raise ParseError(f"unexpected {parser.take().text}")
+    if not fits(node, MOST_NODES, TALLEST):
+        raise ParseError("too large a tree")
+    return node
+
+
+class Parser(Macros):
+    def __init__(self, stream: list[Token], latex: bool, trusted: bool):
+        super().__init__(stream, latex)
+        self.trusted = trusted
+
+    def answer(self, closing: str = "") -> Node:
+        """A list; semicolons separate lists of commas."""
+        groups: list[list[Node]] = [[self.item()]]
+        joint = ","
+        while self.op() in SEPARATORS or self.op() == "\\\\":
+            semicolon = False
+            while self.op() in SEPARATORS or self.op() == "\\\\":
+                sign = self.take().text
+                semicolon = semicolon or sign == ";"
+                joint = sign if sign in ("and", "or") else joint
+            if self.peek() is None or (closing and self.op() == closing):
+                break
+            if semicolon:
+                groups.append([])
+            groups[-1].append(self.item())
+        if len(groups) > 1 and any(len(group) > 1 for group in groups):
+            return Listing(tuple(Listing(tuple(group)) if len(group) > 1 else group[0] for group in groups))
+        items = tuple(item for group in groups for item in group)
+        return items[0] if len(items) == 1 else Listing(items, joint)
+
+    def item(self) -> Node:
+        if self.op() in ("~", "="):
+            self.take()  # "≈ 5": nothing on the left
+        words = self.leading_words()
+        if not words or words[-1].text.lower() in LEAD_INS:
+            return self.relation()
+        if words[-1].text in STATES and len(words) > 1 and self.peek() is not None:
+            return self.chain([as_words(words[:-1]), self.side()], ["="])
+        if self.op() == ":" or self.op() in RELATIONS:
+            sign = self.take().text
+            return self.chain([as_words(words), self.side()], ["=" if sign == ":" else sign])
+        return as_words([*words, *self.rest_of_text()])
+
+    # -- words
+
+    def leading_words(self) -> list[Token]:
+        """The words at the start of an item; none where they are multiplied or applied."""
+        start = self.at
+        words: list[Token] = []
+        while (token := self.peek()) and (token.kind == "word" or self.is_text(token, first=not words)):
+            words.append(self.take())
+        stops = self.op() and self.op() not in RELATIONS | SEPARATORS | {":", "}", "&", "\\\\"}
+        if stops or not any(word.kind == "word" for word in words):
+            self.at = start
+            return []
+        return words
+
+    def is_text(self, token: Token, first: bool) -> bool:
+        if token.kind not in ("sym", "run", "fn"):
+            return False
+        return token.upright or (not first and (token.kind == "run" or (token.kind == "sym" and not self.latex)))
+
+    def rest_of_text(self) -> list[Token]:
+        """`October` is followed by `30`; mathematics among words is no answer."""
+        rest: list[Token] = []
+        while self.peek() is not None and self.op() not in SEPARATORS | {"}", "&", "\\\\"}:
+            token = self.take()
+            if token.kind in ("op", "cmd") and token.text not in (":", "'", "-"):
+                raise ParseError("text and mathematics mixed")
+            rest.append(token)
+        return rest
+
+    # -- relations
+
+    def relation(self) -> Node:
+        first = self.side()
+        return self.chain([first], []) if self.is_relation() else first
+
+    def is_relation(self) -> bool:
+        token = self.peek()
+        plain_in = (
+            token is not None and token.kind == "run" and token.text == "in" and self.op(1) in ("(", "[", "{|", "{")
+        )
+        return self.op() in RELATIONS or plain_in
+
+    def chain(self, sides: list[Node], ops: list[str]) -> Node:
+        while self.is_relation():
+            ops.append(self.take().text)
+            sides.append(self.side())
+            if len(sides) > LONGEST_CHAIN:
+                raise ParseError("too long a chain")
+        return Relation(tuple(sides), tuple(ops))
+
+    def side(self) -> Node:
+        outer, self.money = self.money, ""
+        node = self.with_unit(self.union())
+        self.money = outer
+        return node
+
+    # -- units
+
+    def with_unit(self, node: Node) -> Node:
+        unit = self.money
+        for mark, name in (("deg", "deg"), ("percent", "%")):
+            if (stripped := without_mark(node, mark)) is not None:
+                node, unit = stripped, name
+        pieces = self.unit_pieces(node)
+        while pieces and isinstance(node, Num) and pieces[0].lower() in units.MAGNITUDES:
+            node = Num(node.value * units.MAGNITUDES[pieces.pop(0).lower()])
+        if pieces:
+            if not units.acceptable(pieces, self.trusted):
+                raise ParseError("text beside a value")
+            unit = unit or units.unit_name(pieces)
+        return Quantity(node, unit) if unit else node
+
+    def unit_pieces(self, node: Node) -> list[str]:
+        if self.op() == "mod" or (self.op() == "(" and self.op(1) == "mod"):
+            return self.modulus()
+        pieces: list[str] = []
+        bracket = self.op() == "(" and self.kind(1) == "word"
+        if bracket:
+            self.take()
+        while token := self.peek():
+            if (
+                token.kind == "word"
+                or (token.kind == "run" and not self.is_relation())
+                or (token.kind in ("sym", "fn") and (token.upright or pieces or self.is_letter_unit(node)))
+                or (token.kind == "op" and token.text in MONEY | {"%", "cent", "°"})
+            ):
+                pieces.append(self.take().text)
+            elif pieces and token.kind == "op" and token.text in ("^", "/", "-", "*", "'") and self.peek(1):
+                pieces.append(self.take().text)
+                if self.op() == "{" or self.kind() == "num":
+                    pieces.append(self.index_text())
+            else:
+                break
+        if bracket:
+            self.expect(")")
+        return pieces
+
+    def modulus(self) -> list[str]:
+        bracket = self.op() == "("
+        self.at += 1 + bracket
+        modulus = self.primary()
+        if bracket:
+            self.expect(")")
+        match modulus:
+            case Num(value):
+                return ["mod", str(value)]
+            case Sym(name):
+                return ["mod", name]
+        raise ParseError("modulus")
+
+
+def as_words(words: list[Token]) -> Node:
+    """Text, or the number or the set that it spells."""
+    kept = [word.text.lower() for word in words if word.text.lower() not in ARTICLES or len(words) == 1]
+    text = " ".join(kept)
+    value = units.spelt_number(text)
+    if value is not None:
+        return number(value)
+    if text in NOTHING:
+        return EMPTY_SET
+    return Sym("set R") if text in EVERYTHING else Words(text)
+
+
+def without_mark(node: Node, mark: str) -> Node | None:
+    """`-5°` as -5 and `5° + 3°` as 5 + 3; None where the mark is not on the whole value."""
+    match node:
+        case Apply(op, (inner,)) if op == mark:
+            return inner
+        case Apply("mul", (sign, inner)) if sign == MINUS_ONE:
+            stripped = without_mark(inner, mark)
+            return None if stripped is None else negative(stripped)
+        case Apply("mul", args):
+            stripped = without_mark(args[-1], mark)
+            return None if stripped is None else product(*args[:-1], stripped)
+        case Apply("add", args):
+            parts = [p for a in args if (p := without_mark(a, mark)) is not None]
+            return Apply("add", tuple(parts)) if len(parts) == len(args) else None
+        case Apply("pm" | "mp" as op, (inner,)):
+            stripped = without_mark(inner, mark)
+            return None if stripped is None else Apply(op, (stripped,))
+    return None
