@@ -1,0 +1,1 @@
+"""The mathematics: pure functions on tensors, one file per method. Imports torch and nothing else."""
