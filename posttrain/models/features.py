@@ -136,12 +136,10 @@ def cached_features(
 def _pooled(base: Any, rows: Sequence[Row], specs: Sequence[FeatureSpec]) -> Tensor:
     """One right-padded forward; float32 [rows, specs, d]."""
     device = next(base.parameters()).device
+    sequences = [torch.tensor([*prompt, *completion]) for prompt, completion in rows]
+    ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(device)
     prompts = torch.tensor([len(prompt) for prompt, _ in rows], device=device)
-    ends = torch.tensor([len(prompt) + len(completion) for prompt, completion in rows], device=device)
-    ids = torch.zeros(len(rows), int(ends.max()), dtype=torch.long)
-    for i, (prompt, completion) in enumerate(rows):
-        ids[i, : ends[i]] = torch.tensor([*prompt, *completion])
-    ids = ids.to(device)
+    ends = torch.tensor([len(sequence) for sequence in sequences], device=device)
     time = torch.arange(ids.shape[1], device=device)
     start = torch.minimum(prompts, ends - 1)  # an empty completion is read as the prompt's last token
     span = (time >= start[:, None]) & (time < ends[:, None])  # [batch, time]

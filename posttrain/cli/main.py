@@ -1,0 +1,70 @@
+"""The `posttrain` command: one sub-command per file of this folder."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from posttrain import __version__
+from posttrain.errors import UserError, nearest
+
+# name -> one-line help; the module posttrain.cli.<name> holds add_arguments(parser) and run(args)
+COMMANDS = {
+    "rollout": "sample completions of a model, grade them, store them as a rollout table",
+    "qprobe": "train a Q-Probe on a model's own samples and measure its re-ranking",
+    "demo": "the whole path on the embedded model: sample, grade, learn, re-rank, measure, report",
+    "eval": "measure a model on math benchmarks, with intervals; re-grade, report, compare",
+    "grade": "is this answer right? and why",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that reports like the rest of the product: one line, exit code 2."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UserError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 2 the user's mistake (one line on stderr), 130 interrupted."""
+    try:
+        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        print(f"posttrain: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("posttrain: interrupted; what is finished is kept", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `posttrain ... | head`
+        sys.stderr.close()
+        return 141
+
+
+def _dispatch(argv: list[str]) -> int:
+    width = max(map(len, COMMANDS))
+    listing = "\n".join(f"  {name:{width}}  {text}" for name, text in COMMANDS.items())
+    if not argv or argv[0] in ("-h", "--help"):
+        print(
+            f"usage: posttrain COMMAND ...\n\n{__doc__.strip()}\n\n{listing}\n\nposttrain COMMAND --help explains each."
+        )
+        return 0
+    if argv[0] == "--version":
+        print(__version__)
+        return 0
+    name = argv[0]
+    if name not in COMMANDS:
+        raise UserError(f"command: no command {name!r}{nearest(name, COMMANDS)}; one of {', '.join(COMMANDS)}")
+    module = importlib.import_module(f"posttrain.cli.{name}")
+    parser = _Parser(
+        prog=f"posttrain {name}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    module.run(parser.parse_args(argv[1:]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

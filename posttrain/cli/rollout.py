@@ -1,0 +1,61 @@
+"""sample completions of a model, grade them, store them as a rollout table
+
+    posttrain rollout --model tiny --data arithmetic --samples 8 --limit 200 --out runs/rollout
+
+Interrupted, the same command with --resume continues where it stopped; the table is the same, byte for byte.
+"""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="tiny, a folder, a .gguf file or a hub id")
+    parser.add_argument(
+        "--data",
+        required=True,
+        help="arithmetic, a .jsonl or .parquet file, a folder under POSTTRAIN_DATA, or a hub id",
+    )
+    parser.add_argument("--samples", type=int, required=True, help="completions per prompt")
+    parser.add_argument("--out", required=True, help="folder of the table; new or empty, unless --resume")
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--limit", type=int, help="only so many prompts")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int, default=0, help="0 is off")
+    parser.add_argument("--max-tokens", type=int, default=256, help="per completion")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--prompt", metavar="TEMPLATE", help="the user turn, with {problem} in it")
+    parser.add_argument("--dtype", help="float32 or bfloat16; default: bfloat16 on a GPU, else float32")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU where there is one")
+    parser.add_argument("--slots", type=int, default=64, help="completions sampled at the same time")
+    parser.add_argument(
+        "--shard-prompts",
+        type=int,
+        help="prompts per shard, the unit that --resume redoes; default: 256 completions' worth",
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted collection")
+
+
+def run(args: argparse.Namespace) -> None:
+    import torch
+
+    from posttrain.cli.tables import print_table
+    from posttrain.errors import UserError
+    from posttrain.models.load import load_model
+    from posttrain.pipelines.rollout import RolloutConfig, figures_of, publish, rollout
+    from posttrain.rollouts.engine import Sampling
+
+    if args.threads is not None:
+        if args.threads < 1:
+            raise UserError(f"threads: must be at least 1, got {args.threads}")
+        torch.set_num_threads(args.threads)
+    sampling = Sampling(args.temperature, args.top_p, args.top_k, args.max_tokens, args.seed)
+    config = RolloutConfig(
+        args.data, args.split, args.limit, args.prompt, args.samples, sampling, args.slots, args.shard_prompts
+    )
+    policy = load_model(args.model, args.device, args.dtype)
+    table = rollout(policy, config, Path(args.out), args.resume)
+    print_table(("figure", "value"), figures_of(table).items())
+    print(f"report: {publish(table)}")

@@ -1,0 +1,37 @@
+"""Tables for people, shared by the commands."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from posttrain.evaluation.arms import Arm
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """The first column to the left, the others to the right."""
+    table = Table(box=None, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if Console().is_terminal else 120).print(table)
+
+
+def print_arms(arms: Iterable["Arm"]) -> None:
+    """Accuracy in percent with its 95 % interval, cost in tokens and seconds."""
+    rows = []
+    for arm in arms:
+        low, high = arm.interval
+        rows.append(
+            (
+                arm.title,
+                f"{100 * arm.accuracy:.1f} %",
+                f"{100 * low:.1f} - {100 * high:.1f}",
+                f"{arm.tokens:.0f}",
+                f"{arm.seconds:.1f}",
+            )
+        )
+    print_table(("arm", "accuracy", "95 % interval", "tokens per answer", "seconds"), rows)

@@ -1,0 +1,107 @@
+"""The figures of a report, as SVG text that stands in a page of any background."""
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from posttrain.evaluation.arms import Arm
+from posttrain.evaluation.intervals import wilson_interval
+
+Array = NDArray[np.float64]
+
+COLOURS = ("#888888", "#d08c1f", "#2f7ed8", "#3a9d5d", "#b0479b", "#c9453f", "#6a5acd", "#1a9fa8")
+INK = "#808080"  # readable on white and on black
+
+
+def accuracy_curves(arms: Mapping[str, Arm]) -> str:
+    """Accuracy against the number of samples k, one line for each arm that has a curve."""
+    with _figure("accuracy") as (axes, svg):
+        for arm, colour in zip((arm for arm in arms.values() if arm.curve), COLOURS, strict=False):
+            ks = range(1, len(arm.curve) + 1)
+            axes.plot(ks, arm.curve, color=colour, marker="o", markersize=3, label=arm.title)
+            low, high = arm.interval
+            axes.fill_between([ks[-1] - 0.08, ks[-1] + 0.08], low, high, color=colour, alpha=0.35, linewidth=0)
+        axes.set_xlabel("samples k")
+        axes.set_ylabel("accuracy")
+        axes.set_ylim(0, 1.02)
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower right")
+    return svg[0]
+
+
+def metric_curves(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """Curves over k = 1, 2, ... with their intervals as bands: name -> `value`, `low`, `high`."""
+    with _figure("curves") as (axes, svg):
+        for (name, curve), colour in zip(curves.items(), COLOURS[1:], strict=False):
+            ks = range(1, len(curve["value"]) + 1)
+            axes.plot(ks, curve["value"], color=colour, marker="o" if len(ks) <= 16 else None, markersize=3, label=name)
+            axes.fill_between(ks, curve["low"], curve["high"], color=colour, alpha=0.15, linewidth=0)
+        axes.set_xlabel("samples k")
+        axes.set_ylabel("score")
+        axes.set_ylim(0, 1.02)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="best")
+    return svg[0]
+
+
+def calibration(probabilities: Array, correct: Array, bins: int = 10) -> str:
+    """Predicted probability against the share of right completions, both flat, in bins of equal counts, with 95 % intervals."""
+    order = np.argsort(probabilities, kind="stable")
+    groups = [group for group in np.array_split(order, bins) if len(group)]
+    predicted = np.array([probabilities[group].mean() for group in groups])
+    right = np.array([correct[group].mean() for group in groups])
+    intervals = np.array([wilson_interval(float(correct[group].sum()), len(group)) for group in groups])
+    with _figure("calibration") as (axes, svg):
+        axes.plot([0, 1], [0, 1], color=INK, linestyle=":", linewidth=1)
+        errors = np.abs(intervals.T - right)
+        axes.errorbar(predicted, right, yerr=errors, color=COLOURS[2], marker="o", markersize=4, linewidth=1, capsize=2)
+        axes.set_xlabel("predicted probability of being right")
+        axes.set_ylabel("share that is right")
+        axes.set_xlim(-0.02, 1.02)
+        axes.set_ylim(-0.02, 1.02)
+    return svg[0]
+
+
+def length_histogram(lengths: Mapping[str, Sequence[int]]) -> str:
+    """Completion lengths in tokens, by verdict."""
+    longest = max((max(values) for values in lengths.values() if values), default=1)
+    with _figure("lengths") as (axes, svg):
+        edges = np.linspace(0, longest + 1, 41)
+        for (verdict, values), colour in zip(lengths.items(), (COLOURS[3], COLOURS[5], *COLOURS), strict=False):
+            axes.hist(values, bins=edges, color=colour, alpha=0.6, label=f"{verdict} ({len(values)})")
+        axes.set_xlabel("completion tokens")
+        axes.set_ylabel("completions")
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    return svg[0]
+
+
+@contextmanager
+def _figure(name: str) -> Iterator[tuple[Any, list[str]]]:
+    """Axes to draw on; on leaving, the one element of the list is the SVG. The same drawing gives the same text."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style: Any = {
+        "svg.hashsalt": name,  # ids of two figures in one page must differ
+        "svg.fonttype": "none",
+        "font.size": 9,
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+    svg: list[str] = []
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(5.2, 3.4), layout="constrained")
+        axes = figure.add_subplot()
+        axes.grid(color=INK, alpha=0.2, linewidth=0.5)
+        yield axes, svg
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg.append(buffer.getvalue()[buffer.getvalue().index("<svg") :])

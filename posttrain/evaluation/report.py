@@ -1,0 +1,97 @@
+"""One self-contained HTML page: the table of arms, figures, completions one can read, and what made it all. No network."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain.evaluation.arms import Arm
+from posttrain.evaluation.metrics import DEFINITIONS
+from posttrain.provenance import plain, write_text
+from posttrain.rollouts.table import RolloutTable
+
+SHOWN = 24  # problems whose completions stand in the page
+
+
+@dataclass(frozen=True)
+class Figure:
+    """`svg` is trusted: it is drawn by us."""
+
+    svg: str
+    caption: str
+
+
+def write_report(
+    path: Path,
+    *,
+    title: str,
+    lead: str,
+    arms: Mapping[str, Arm],
+    figures: Sequence[Figure],
+    table: RolloutTable,
+    scores: Sequence[Sequence[float]] | None,
+    definitions: Sequence[str],
+    manifest: Mapping[str, Any],
+) -> None:
+    """scores: of the table's completions [prompts][samples], the best is marked as chosen; definitions: names in DEFINITIONS."""
+    write_page(
+        path,
+        "report.html",
+        title=title,
+        lead=lead,
+        arms=list(arms.values()),
+        figures=trusted(figures),
+        problems=_problems(table, scores),
+        definitions={name: DEFINITIONS[name] for name in definitions},
+        manifest=manifest,
+    )
+
+
+def write_page(path: Path, template: str, *, manifest: Mapping[str, Any], **values: Any) -> None:
+    """A template of this folder, which extends `page.html`; every value is escaped that is not marked as trusted."""
+    from jinja2 import Environment, FileSystemLoader
+
+    pages = Environment(autoescape=True, loader=FileSystemLoader(Path(__file__).parent))
+    text = pages.get_template(template).render(
+        manifest=json.dumps(plain(manifest), indent=1, ensure_ascii=False), **values
+    )
+    write_text(path, text)
+
+
+def trusted(figures: Sequence[Figure]) -> list[dict[str, Any]]:
+    from markupsafe import Markup
+
+    return [{"svg": Markup(figure.svg), "caption": figure.caption} for figure in figures]
+
+
+def _problems(table: RolloutTable, scores: Sequence[Sequence[float]] | None) -> list[dict[str, Any]]:
+    groups: dict[int, list[dict[str, Any]]] = {}
+    for row in table.rows():
+        if row["group"] not in groups and len(groups) == SHOWN:
+            break
+        groups.setdefault(row["group"], []).append(row)
+    problems = []
+    for index, rows in enumerate(groups.values()):
+        ranked = scores[index] if scores is not None else None
+        best = max(range(len(rows)), key=ranked.__getitem__) if ranked is not None else None
+        problems.append(
+            {
+                "problem": rows[0]["prompt"][-1]["content"],
+                "gold": rows[0]["answer"],
+                "right": sum(row["correct"] for row in rows),
+                "samples": [
+                    {
+                        **{
+                            name: row[name]
+                            for name in ("completion", "verdict", "correct", "extracted", "finish_reason")
+                        },
+                        "tokens": len(row["completion_ids"]),
+                        "score": ranked[i] if ranked is not None else None,
+                        "chosen": i == best,
+                    }
+                    for i, row in enumerate(rows)
+                ],
+            }
+        )
+    return problems

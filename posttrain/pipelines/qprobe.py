@@ -1,0 +1,187 @@
+"""Q-Probe from beginning to end: sample, grade, read hidden states, fit a probe, re-rank held-out prompts, measure.
+
+A run's folder: `train/` and `test/` (rollout tables), `features/` (cached hidden states), `probe/`, `summary.json`, `report.html`.
+Tables and features that are finished are not made again.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from posttrain.errors import UserError
+from posttrain.evaluation.arms import Arm, reranked_arm, sampled_arms
+from posttrain.evaluation.calibrate import apply_logistic, fit_logistic
+from posttrain.evaluation.plots import accuracy_curves, calibration, length_histogram
+from posttrain.evaluation.report import Figure, write_report
+from posttrain.models.features import FeatureSpec, Pooling, all_specs, cached_features
+from posttrain.models.load import Policy, load_model
+from posttrain.models.probe import Probe
+from posttrain.pipelines.rollout import RolloutConfig, lengths_by_verdict, rollout
+from posttrain.provenance import plain, versions, write_json
+from posttrain.rollouts.engine import Sampling
+from posttrain.rollouts.table import RolloutTable
+from posttrain.trainers.probe import ProbeConfig, ProbeResult, ProbeTrainer
+
+
+@dataclass(frozen=True)
+class QProbeConfig:
+    """Settings of a run; the defaults are the embedded model's."""
+
+    out: str = field(metadata={"help": "the run's folder"})
+    model: str = field(default="tiny", metadata={"help": "tiny, a folder, a .gguf file or a hub id"})
+    data: str = field(default="arithmetic", metadata={"help": "a data set or a file; see posttrain rollout --help"})
+    prompt: str | None = field(default=None, metadata={"help": "the user turn, with a {problem} placeholder"})
+    train_split: str = field(default="train", metadata={"help": "where the probe's prompts come from"})
+    train_prompts: int = field(default=300, metadata={"help": "how many of them"})
+    train_samples: int = field(default=8, metadata={"help": "completions per training prompt"})
+    test_split: str = field(default="test", metadata={"help": "where re-ranking is measured"})
+    test_prompts: int = field(default=500, metadata={"help": "how many of its prompts"})
+    k: int = field(default=8, metadata={"help": "completions per test prompt, one of which is chosen"})
+    temperature: float = field(default=1.0, metadata={"help": "of sampling"})
+    top_p: float = field(default=1.0, metadata={"help": "of sampling"})
+    max_tokens: int = field(default=192, metadata={"help": "at most so many tokens per completion"})
+    layers: tuple[int, ...] = field(
+        default=(), metadata={"help": "candidate layers (0 = embeddings); none named: every one"}
+    )
+    poolings: tuple[Pooling, ...] = field(default=("last", "mean"), metadata={"help": "candidate poolings: last, mean"})
+    probe: ProbeConfig = field(default_factory=ProbeConfig, metadata={"help": "the probe's own settings"})
+    slots: int = field(default=64, metadata={"help": "requests in the running batch"})
+    shard_prompts: int = field(default=50, metadata={"help": "prompts per shard: what is redone after an interruption"})
+    device: str | None = field(default=None, metadata={"help": "cpu or cuda; default: cuda where there is one"})
+    dtype: str | None = field(
+        default=None, metadata={"help": "float32 or bfloat16; default: bfloat16 on cuda, else float32"}
+    )
+    seed: int = field(default=0, metadata={"help": "of problems, completions and the probe"})
+
+    def __post_init__(self) -> None:
+        for name in ("train_prompts", "train_samples", "test_prompts", "k"):
+            if getattr(self, name) < 2:
+                raise UserError(f"{name}: must be at least 2, got {getattr(self, name)}")
+        if self.train_split == self.test_split:
+            raise UserError(f"test_split: {self.test_split} is the training split too; measure on another one")
+
+
+@dataclass(frozen=True)
+class QProbeRun:
+    """What a run leaves: its tables, the fitted probe, test scores [prompts, k], and the arms."""
+
+    config: QProbeConfig
+    policy: Policy
+    train: RolloutTable
+    test: RolloutTable
+    fitted: ProbeResult
+    train_scores: torch.Tensor
+    scores: torch.Tensor
+    arms: dict[str, Arm]
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What made the numbers."""
+        return {
+            "config": plain(self.config),
+            "policy": {"name": self.policy.name, "fingerprint": self.policy.fingerprint},
+            "probe": {"feature": str(self.fitted.spec), **self.fitted.metrics},
+            "versions": versions(),
+        }
+
+
+def run(config: QProbeConfig, say: Callable[[str], None] = print) -> QProbeRun:
+    """Errors: UserError naming the field, before anything is sampled where that is possible."""
+    out = Path(config.out)
+    policy = load_model(config.model, config.device, config.dtype)
+    train = sample(policy, config, out / "train", config.train_split, config.train_prompts, config.train_samples, say)
+    test = sample(policy, config, out / "test", config.test_split, config.test_prompts, config.k, say)
+    started = time.perf_counter()
+    fitted, train_scores = fit(policy, train, config, out / "features")
+    fitted.probe.save_pretrained(out / "probe")
+    say(f"probe on {fitted.spec}: held-out reward {fitted.metrics['base']:.3f} -> {fitted.metrics['value']:.3f}")
+    scores = score(policy, fitted.probe, test, out / "features")
+    learned = time.perf_counter() - started
+
+    correct, lengths = (
+        test.rectangle("correct"),
+        [[len(ids) for ids in row] for row in test.rectangle("completion_ids")],
+    )
+    arms = sampled_arms(correct, test.rectangle("extracted"), lengths, test.manifest["seconds"])
+    seconds = test.manifest["seconds"] + train.manifest["seconds"] + learned
+    arms["qprobe"] = reranked_arm("qprobe", f"Q-Probe, best of {config.k}", scores.tolist(), correct, lengths, seconds)
+    return QProbeRun(config, policy, train, test, fitted, train_scores, scores, arms)
+
+
+def publish(run: QProbeRun, title: str, lead: str) -> None:
+    """`summary.json` and `report.html` in the run's folder."""
+    out = Path(run.config.out)
+    summary = {name: arm.summary() for name, arm in run.arms.items()}
+    write_json(out / "summary.json", {"arms": summary, "manifest": run.manifest})
+    train_correct = np.array(run.train.rectangle("correct"), dtype=np.float64)
+    correct = np.array(run.test.rectangle("correct"), dtype=np.float64)
+    platt = fit_logistic(run.train_scores.double().numpy().ravel(), train_correct.ravel())
+    probabilities = apply_logistic(run.scores.double().numpy().ravel(), platt)
+    write_report(
+        out / "report.html",
+        title=title,
+        lead=lead,
+        arms=run.arms,
+        figures=[
+            Figure(
+                accuracy_curves(run.arms), "Accuracy against the number of samples. The bar at the end is the interval."
+            ),
+            Figure(
+                calibration(probabilities, correct.ravel()),
+                "Calibration of the probe on test completions, after a logistic map fitted on training completions.",
+            ),
+            Figure(length_histogram(lengths_by_verdict(run.test)), "Completion lengths by verdict."),
+        ],
+        table=run.test,
+        scores=run.scores.tolist(),
+        definitions=("pass@1", "maj@k", "best-of-k", "pass@k", "tokens", "interval"),
+        manifest=run.manifest,
+    )
+
+
+def sample(
+    policy: Policy, config: QProbeConfig, out: Path, split: str, limit: int, samples: int, say: Callable[[str], None]
+) -> RolloutTable:
+    """A graded rollout table of one split; what is there already is kept."""
+    say(f"{split}: {samples} samples of each of {limit} prompts")
+    sampling = Sampling(config.temperature, config.top_p, max_tokens=config.max_tokens, seed=config.seed)
+    plan = RolloutConfig(
+        config.data, split, limit, config.prompt, samples, sampling, config.slots, config.shard_prompts
+    )
+    return rollout(policy, plan, out, resume=True, say=say)
+
+
+def fit(policy: Policy, table: RolloutTable, config: QProbeConfig, cache: Path) -> tuple[ProbeResult, torch.Tensor]:
+    """A probe on the table's completions, and its scores of them [prompts, samples]."""
+    table.expect_policy(policy.fingerprint)
+    specs = all_specs(policy.model, config.layers, config.poolings)
+    rewards = torch.tensor(table.rectangle("reward"))
+    features = _features(policy, table, specs, cache)
+    result = ProbeTrainer(config.probe).fit(
+        features.view(*rewards.shape, len(specs), -1), rewards, specs=specs, policy=policy.fingerprint
+    )
+    return result, result.probe.score(features[:, specs.index(_spec(result.probe))]).view(rewards.shape)
+
+
+def score(policy: Policy, probe: Probe, table: RolloutTable, cache: Path) -> torch.Tensor:
+    """The probe's scores of a table's completions, [prompts, samples]."""
+    table.expect_policy(policy.fingerprint)
+    probe.check_policy(policy.fingerprint)
+    features = _features(policy, table, [_spec(probe)], cache)
+    return probe.score(features[:, 0]).view(len(table.rectangle("reward")), -1)
+
+
+def _features(policy: Policy, table: RolloutTable, specs: list[FeatureSpec], cache: Path) -> torch.Tensor:
+    rows = list(zip(table.column("prompt_ids"), table.column("completion_ids"), strict=True))
+    return cached_features(cache, policy.fingerprint, policy.model, rows, specs)
+
+
+def _spec(probe: Probe) -> FeatureSpec:
+    if probe.card.feature is None:
+        raise UserError("probe: it reads embeddings from elsewhere, not a model's hidden states")
+    return probe.card.feature

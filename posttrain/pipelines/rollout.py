@@ -1,0 +1,125 @@
+"""From a model's name and a data set's to a graded rollout table, and a page that shows it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from posttrain.data.load import load_rows
+from posttrain.data.prompts import template_for
+from posttrain.evaluation.arms import sampled_arms
+from posttrain.evaluation.metrics import rates, token_stats
+from posttrain.evaluation.plots import accuracy_curves, length_histogram
+from posttrain.evaluation.report import Figure, write_report
+from posttrain.models.load import Policy
+from posttrain.rollouts.collect import collect, prompts_for
+from posttrain.rollouts.engine import Sampling
+from posttrain.rollouts.table import RolloutTable
+from posttrain.rollouts.transformers import TransformersEngine
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Which prompts, how many samples of each, and how they are sampled."""
+
+    data: str
+    split: str = "test"
+    limit: int | None = None
+    prompt: str | None = None
+    samples: int = 8
+    sampling: Sampling = field(default_factory=Sampling)
+    slots: int = 64
+    shard_prompts: int | None = None
+
+
+def rollout(
+    policy: Policy, config: RolloutConfig, out: Path, resume: bool, say: Callable[[str], None] = print
+) -> RolloutTable:
+    """Shows one prompt as the model sees it, then collects; sampling.seed draws generated problems too.
+
+    Errors: UserError naming the field, before anything is sampled.
+    """
+    template = template_for(config.data, config.prompt)
+    rows = load_rows(config.data, config.split, config.limit, config.sampling.seed)
+    engine = TransformersEngine(policy.model, policy.tokenizer, fingerprint=policy.fingerprint, slots=config.slots)
+    prompts = prompts_for(rows, policy.tokenizer, template)
+    say(f"prompt of row {prompts[0].id!r}, {len(prompts[0].ids)} tokens, as the model sees it:")
+    say(policy.tokenizer.decode(prompts[0].ids, skip_special_tokens=False))
+    return collect(
+        engine,
+        policy.tokenizer,
+        prompts,
+        samples=config.samples,
+        sampling=config.sampling,
+        out=out,
+        policy=policy.name,
+        settings={
+            "source": f"{config.data}/{config.split}",
+            "template": template,
+            "engine": "transformers",
+            "slots": config.slots,
+            "dtype": str(policy.model.dtype).removeprefix("torch."),
+            "device": policy.model.device.type,
+            "threads": torch.get_num_threads(),
+        },
+        shard_prompts=config.shard_prompts,
+        resume=resume,
+    )
+
+
+def lengths_by_verdict(table: RolloutTable) -> dict[str, list[int]]:
+    lengths: dict[str, list[int]] = {"right": [], "wrong": []}
+    for ids, correct in zip(table.column("completion_ids"), table.column("correct"), strict=True):
+        lengths["right" if correct else "wrong"].append(len(ids))
+    return lengths
+
+
+def figures_of(table: RolloutTable) -> dict[str, str]:
+    """What one wants to know of a table first, as text."""
+    shares = rates(
+        finish_reasons=table.column("finish_reason"),
+        answers=table.column("extracted"),
+        verdicts=table.column("verdict"),
+    )
+    tokens = [len(ids) for ids in table.column("completion_ids")]
+    stats = token_stats(tokens)
+    return {
+        "prompts": str(len(table.by_prompt("correct"))),
+        "completions": str(len(table)),
+        "accuracy": f"{sum(table.column('correct')) / len(table):.3f}",
+        "truncated": f"{shares['truncation']:.3f}",
+        "answer found": f"{shares['answer_found']:.3f}",
+        "grader errors": f"{shares['grader_error']:.3f}",
+        "tokens, mean": f"{stats['mean']:.1f}",
+        "tokens, p95": f"{stats['p95']:.0f}",
+        "tokens/s": f"{sum(tokens) / max(table.manifest['seconds'], 1e-9):.0f}",
+    }
+
+
+def publish(table: RolloutTable) -> Path:
+    """`report.html` in the table's folder."""
+    correct = table.rectangle("correct")
+    lengths = [[len(ids) for ids in row] for row in table.rectangle("completion_ids")]
+    arms = sampled_arms(correct, table.rectangle("extracted"), lengths, table.manifest["seconds"])
+    settings = table.manifest["settings"]
+    path = table.folder / "report.html"
+    write_report(
+        path,
+        title=f"{settings['policy'].partition('@')[0]} on {settings['source']}",
+        lead=", ".join(f"{name} {value}" for name, value in figures_of(table).items()) + ".",
+        arms=arms if len(correct[0]) > 1 else {"base": arms["base"]},
+        figures=[
+            *(
+                [Figure(accuracy_curves(arms), "Accuracy against the number of samples.")]
+                if len(correct[0]) > 1
+                else []
+            ),
+            Figure(length_histogram(lengths_by_verdict(table)), "Completion lengths by verdict."),
+        ],
+        table=table,
+        scores=None,
+        definitions=("pass@1", "maj@k", "pass@k", "tokens", "truncation", "answer found", "grader error", "interval"),
+        manifest=table.manifest,
+    )
+    return path

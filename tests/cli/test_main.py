@@ -1,0 +1,52 @@
+import subprocess
+import sys
+
+import pytest
+
+from posttrain.cli import main as cli
+from posttrain.errors import UserError
+
+
+def test_help_lists_every_command(capsys):
+    assert cli.main([]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("name", sorted(cli.COMMANDS))
+def test_every_command_explains_itself(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([name, "--help"])
+    assert stop.value.code == 0
+    assert f"posttrain {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["rolout"], "command: no command 'rolout' (did you mean rollout?)"),
+        (["rollout"], "the following arguments are required"),
+        (["rollout", "--samples", "many"], "--samples: invalid int value: 'many'"),
+        (["demo", "--sed", "1"], "unrecognized arguments: --sed 1"),
+    ],
+)
+def test_wrong_words_are_one_line_and_exit_code_2(argv, message, capsys):
+    assert cli.main(argv) == 2
+    shown = capsys.readouterr().err
+    assert message in shown and shown.count("\n") == 1
+
+
+def test_a_user_error_is_one_line(monkeypatch, capsys):
+    def dispatch(_):
+        raise UserError("out: nowhere")
+
+    monkeypatch.setattr(cli, "_dispatch", dispatch)
+    assert cli.main([]) == 2
+    assert capsys.readouterr().err == "posttrain: error: out: nowhere\n"
+
+
+def test_the_version_is_the_package_s():
+    import posttrain
+
+    shown = subprocess.run([sys.executable, "-m", "posttrain", "--version"], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == posttrain.__version__
