@@ -38,6 +38,9 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+eval: $(VENV)/.base
+	$(BIN)/posttrain eval arithmetic --model tiny --limit 200 --out runs/eval --resume
+
 test-fast: $(VENV)/.dev lint
 	$(BIN)/pytest -n 2 -m "not slow and not vllm and not deepspeed"
 

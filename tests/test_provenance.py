@@ -1,3 +1,7 @@
+import os
+
+import pytest
+
 from posttrain.provenance import hash_files, hash_json, versions, write_json
 
 
@@ -21,15 +25,16 @@ def test_versions_name_what_can_change_a_result():
     assert {"python", "torch", "transformers"} <= versions().keys()
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path):
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "summary.json"
     write_json(path, {"a": 1})
     old = path.read_text()
-    try:
-        write_json(path, {"a": float("nan")})
-    except ValueError:
-        pass
-    else:
-        raise AssertionError("JSON has no NaN")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_json(path, {"a": 2})
     assert path.read_text() == old
     assert [file.name for file in tmp_path.iterdir()] == ["summary.json"]

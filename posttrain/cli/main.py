@@ -32,12 +32,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"posttrain: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("posttrain: interrupted; what is finished is kept", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # `posttrain ... | head`
         sys.stderr.close()
         return 141
+    except OSError as error:  # a full disk, a file that may not be read
+        print(f"posttrain: error: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("posttrain: interrupted; what is finished is kept", file=sys.stderr)
+        return 130
 
 
 def _dispatch(argv: list[str]) -> int:

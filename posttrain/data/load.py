@@ -33,6 +33,7 @@ def _gsm8k(row: Row) -> Row:
 
 
 def _math(row: Row) -> Row:
+    # Two training solutions end in an empty box; the answer to both is 0.
     return {**row, "answer": extract_answer(row["solution"]) or "0", "subject": row["type"]}
 
 
@@ -75,7 +76,7 @@ def load_rows(data: str, split: str = "test", limit: int | None = None, seed: in
         try:
             return arithmetic.rows(limit or 1000, split, seed)  # type: ignore[arg-type]
         except ValueError as error:
-            raise UserError(str(error)) from None
+            raise UserError(str(error).replace("size:", "limit:", 1)) from None
     rows = _source(data, split)
     if not rows:
         raise UserError(f"data: {data} is empty")
@@ -161,6 +162,8 @@ def _checked(row: Row, where: str, number: int) -> Row:
     if not isinstance(problem, str) or not problem.strip():
         raise UserError(f"problem: {where} has none; every row needs a text `problem` (or `question`)")
     answer = row.get("answer")
-    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) or not str(answer).strip():
+    if isinstance(answer, str) and "####" in answer:  # GSM8K as it is published: the reasoning, then the answer
+        answer = _gsm8k({"question": problem, "answer": answer})["answer"]
+    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) or str(answer).strip() in ("", "nan"):
         raise UserError(f"answer: {where} has none; every row needs an `answer`, text or a number")
-    return {**row, "id": str(row.get("id", number)), "problem": problem, "answer": str(answer)}
+    return {**row, "id": str(number if row.get("id") is None else row["id"]), "problem": problem, "answer": str(answer)}

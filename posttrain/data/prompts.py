@@ -15,7 +15,7 @@ def template_for(data: str, override: str | None = None) -> str:
     template = override if override is not None else "{problem}" if data == "arithmetic" else BOXED
     try:
         filled = template.format(problem="?")
-    except (KeyError, IndexError, ValueError):
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError):
         raise UserError("prompt: the only placeholder is {problem}; write other braces twice") from None
     if filled == template.replace("{{", "{").replace("}}", "}"):
         raise UserError("prompt: the template must contain {problem}")

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from posttrain.errors import UserError
 from posttrain.models.features import hidden_features
+from posttrain.models.load import end_ids
 from posttrain.models.probe import Probe
 from posttrain.objectives.qprobe import policy_value, select
 
@@ -22,13 +23,14 @@ class Reranker:
         probe.check_policy(policy.fingerprint)
         self.policy = policy
         self.probe = probe
+        self.stop_ids = end_ids(policy.model, policy.tokenizer)
 
     @torch.no_grad()
     def score(self, prompt_ids: Sequence[int], completions: Sequence[Sequence[int]]) -> Tensor:
         """Scores [samples] of one prompt's completions, as token ids (a final stop token is ignored)."""
         assert self.probe.card.feature is not None
         rows = [(prompt_ids, completion) for completion in completions]
-        features = hidden_features(self.policy.model, rows, [self.probe.card.feature])
+        features = hidden_features(self.policy.model, rows, [self.probe.card.feature], stop_ids=self.stop_ids)
         return self.probe(features[:, 0].to(self.probe.mean.device)).cpu()
 
     def choose(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ class Arm:
     def accuracy(self) -> float:
         return float(self.per_problem.mean())
 
-    @property
+    @cached_property
     def interval(self) -> tuple[float, float]:
         return mean_interval(self.per_problem)
 

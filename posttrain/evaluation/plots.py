@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ INK = "#808080"  # readable on white and on black
 def accuracy_curves(arms: Mapping[str, Arm]) -> str:
     """Accuracy against the number of samples k, one line for each arm that has a curve."""
     with _figure("accuracy") as (axes, svg):
-        for arm, colour in zip((arm for arm in arms.values() if arm.curve), COLOURS, strict=False):
+        for arm, colour in zip((arm for arm in arms.values() if arm.curve), cycle(COLOURS), strict=False):
             ks = range(1, len(arm.curve) + 1)
             axes.plot(ks, arm.curve, color=colour, marker="o", markersize=3, label=arm.title)
             low, high = arm.interval

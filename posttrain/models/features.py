@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from posttrain.errors import UserError, nearest
+from posttrain.models.load import end_ids
 
 Pooling = Literal["last", "mean"]
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
@@ -52,9 +53,15 @@ class FeatureSpec:
 
 
 def all_specs(model: Any, layers: Sequence[int] = (), poolings: Sequence[Pooling] = POOLINGS) -> list[FeatureSpec]:
-    """The candidates for a probe: these layers (none named: every one) with these poolings."""
-    layers = layers or range(_base(model).config.num_hidden_layers + 1)
-    return [FeatureSpec(layer, pooling) for layer in layers for pooling in poolings]
+    """The candidates for a probe: these layers (none named: every one) with these poolings.
+
+    Errors: UserError for a layer that the model does not have, and for no candidate at all.
+    """
+    base = _base(model)
+    layers = layers or range(base.config.num_hidden_layers + 1)
+    specs = [FeatureSpec(layer, pooling) for layer in layers for pooling in poolings]
+    _check_specs(base, specs)
+    return specs
 
 
 @torch.no_grad()
@@ -78,7 +85,7 @@ def hidden_features(
     """
     base = _base(model)
     _check_specs(base, specs)
-    stop = frozenset(_eos_ids(model) if stop_ids is None else stop_ids)
+    stop = end_ids(model) if stop_ids is None else frozenset(stop_ids)
     kept = [(prompt, _cut(completion, stop)) for prompt, completion in rows]
     lengths = [len(prompt) + len(completion) for prompt, completion in kept]
     _check_lengths(base, lengths)
@@ -198,12 +205,6 @@ def _blocks(base: Any) -> nn.ModuleList:
 
 def _cut(completion: Sequence[int], stop: frozenset[int]) -> Sequence[int]:
     return completion[:-1] if len(completion) and completion[-1] in stop else completion
-
-
-def _eos_ids(model: Any) -> list[int]:
-    config = getattr(model, "generation_config", None) or model.config
-    eos = config.eos_token_id
-    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
 
 
 def _check_specs(base: Any, specs: Sequence[FeatureSpec]) -> None:

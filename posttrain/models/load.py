@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import shutil
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -45,13 +44,20 @@ def load_model(name: str, device: str | None = None, dtype: str | None = None) -
     precision = _dtype(dtype, where)
     folder = model_folder(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=precision, use_safetensors=True)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=precision, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except Exception as error:  # a damaged file breaks the loaders in whatever place the damage is
         raise UserError(
             f"model: {name} is not a causal language model with safetensors weights: {_first_line(error)}"
         ) from None
-    model = model.to(where).eval()
+    if loaded["missing_keys"]:
+        raise UserError(f"model: {name} lacks weights, among them {min(loaded['missing_keys'])}; they would be random")
+    try:
+        model = model.to(where).eval()
+    except RuntimeError as error:
+        raise UserError(f"device: the model cannot be moved to {where}: {_first_line(error)}") from None
     for parameter in model.parameters():
         if not torch.isfinite(parameter).all():
             raise UserError(f"model: {name} has weights that are not finite")
@@ -59,6 +65,14 @@ def load_model(name: str, device: str | None = None, dtype: str | None = None) -
         tokenizer.model_max_length
     )
     return Policy(model, tokenizer, name, model_fingerprint(folder), context)
+
+
+def end_ids(model: Any, tokenizer: Any = None) -> frozenset[int]:
+    """The ids that end a completion: those of the model's generation config, and its tokenizer's end-of-text id."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    found = set(configured if isinstance(configured, list) else [configured])
+    found.add(getattr(tokenizer, "eos_token_id", None))
+    return frozenset(found - {None})
 
 
 def model_folder(name: str) -> Path:
@@ -80,14 +94,17 @@ def model_folder(name: str) -> Path:
 
 
 def model_fingerprint(folder: Path) -> str:
-    """sha256 over what decides the policy: weights, configuration, vocabulary, chat template."""
-    files = [
-        *folder.glob("*.safetensors"),
-        *folder.glob("tokenizer*.json"),
-        *folder.glob("chat_template*"),
-        folder / "config.json",
-    ]
-    return hash_files([file for file in files if file.is_file()])
+    """sha256 over what decides the policy: weights, configuration, end-of-text ids, vocabulary, chat template."""
+    patterns = (
+        "*.safetensors",
+        "tokenizer*",
+        "vocab.json",
+        "merges.txt",
+        "chat_template*",
+        "config.json",
+        "generation_config.json",
+    )
+    return hash_files({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
 
 
 def cache_folder() -> Path:
@@ -110,14 +127,17 @@ def _dequantised(gguf: Path) -> Path:
     # A model read from GGUF refuses to be saved while it remembers its quantisation: move the weights into a plain one.
     plain = AutoModelForCausalLM.from_config(packed.config)
     plain.load_state_dict(packed.state_dict())
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=target.parent))
-    plain.save_pretrained(scratch)
-    tokenizer.save_pretrained(scratch)
     try:
-        scratch.rename(target)
-    except OSError:  # another process was faster
-        shutil.rmtree(scratch)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            plain.save_pretrained(f"{scratch}/model")
+            tokenizer.save_pretrained(f"{scratch}/model")
+            if not target.is_dir():  # another process may have been faster
+                Path(scratch, "model").rename(target)
+    except OSError as error:
+        raise UserError(
+            f"model: cannot cache its dequantised copy: {error}; set POSTTRAIN_CACHE to another folder"
+        ) from None
     return target
 
 

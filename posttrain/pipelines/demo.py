@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from posttrain.pipelines.qprobe import QProbeConfig, QProbeRun, publish, run
+from posttrain.trainers.probe import ProbeConfig
 
 LEAD = (
     "The embedded model solves multi-step arithmetic. It learned from careful writers, who carry, and from hurried ones, who "
@@ -13,6 +14,6 @@ LEAD = (
 
 def demo(out: Path, seed: int = 0, say: Callable[[str], None] = print) -> QProbeRun:
     """Samples, grades, learns, re-ranks and measures; writes `summary.json` and `report.html` into `out`."""
-    result = run(QProbeConfig(out=str(out), seed=seed), say)
+    result = run(QProbeConfig(out=str(out), seed=seed, probe=ProbeConfig(seed=seed)), say)
     publish(result, "posttrain demo", LEAD)
     return result

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from posttrain.data.load import load_rows
 from posttrain.errors import UserError
 from posttrain.evaluation.arms import Arm, reranked_arm, sampled_arms
 from posttrain.evaluation.calibrate import apply_logistic, fit_logistic
 from posttrain.evaluation.plots import accuracy_curves, calibration, length_histogram
 from posttrain.evaluation.report import Figure, write_report
 from posttrain.models.features import FeatureSpec, Pooling, all_specs, cached_features
-from posttrain.models.load import Policy, load_model
+from posttrain.models.load import Policy, end_ids, load_model
 from posttrain.models.probe import Probe
 from posttrain.pipelines.rollout import RolloutConfig, lengths_by_verdict, rollout
 from posttrain.provenance import plain, versions, write_json
@@ -56,7 +57,7 @@ class QProbeConfig:
     dtype: str | None = field(
         default=None, metadata={"help": "float32 or bfloat16; default: bfloat16 on cuda, else float32"}
     )
-    seed: int = field(default=0, metadata={"help": "of problems, completions and the probe"})
+    seed: int = field(default=0, metadata={"help": "of problems and completions; the probe has its own"})
 
     def __post_init__(self) -> None:
         for name in ("train_prompts", "train_samples", "test_prompts", "k"):
@@ -94,6 +95,8 @@ def run(config: QProbeConfig, say: Callable[[str], None] = print) -> QProbeRun:
     """Errors: UserError naming the field, before anything is sampled where that is possible."""
     out = Path(config.out)
     policy = load_model(config.model, config.device, config.dtype)
+    all_specs(policy.model, config.layers, config.poolings)  # before hours of sampling
+    _check_overlap(config)
     train = sample(policy, config, out / "train", config.train_split, config.train_prompts, config.train_samples, say)
     test = sample(policy, config, out / "test", config.test_split, config.test_prompts, config.k, say)
     started = time.perf_counter()
@@ -103,14 +106,23 @@ def run(config: QProbeConfig, say: Callable[[str], None] = print) -> QProbeRun:
     scores = score(policy, fitted.probe, test, out / "features")
     learned = time.perf_counter() - started
 
-    correct, lengths = (
-        test.rectangle("correct"),
-        [[len(ids) for ids in row] for row in test.rectangle("completion_ids")],
-    )
+    correct = test.rectangle("correct")
+    lengths = [[len(ids) for ids in row] for row in test.rectangle("completion_ids")]
     arms = sampled_arms(correct, test.rectangle("extracted"), lengths, test.manifest["seconds"])
     seconds = test.manifest["seconds"] + train.manifest["seconds"] + learned
     arms["qprobe"] = reranked_arm("qprobe", f"Q-Probe, best of {config.k}", scores.tolist(), correct, lengths, seconds)
     return QProbeRun(config, policy, train, test, fitted, train_scores, scores, arms)
+
+
+def _check_overlap(config: QProbeConfig) -> None:
+    """No test problem among the training ones: a file has no splits, and data sets have twins."""
+    train = load_rows(config.data, config.train_split, config.train_prompts, config.seed)
+    test = load_rows(config.data, config.test_split, config.test_prompts, config.seed)
+    shared = {row["problem"] for row in train} & {row["problem"] for row in test}
+    if shared:
+        raise UserError(
+            f"data: {len(shared)} test problems are training problems too, such as {min(shared)[:60]!r}; split them"
+        )
 
 
 def publish(run: QProbeRun, title: str, lead: str) -> None:
@@ -178,7 +190,9 @@ def score(policy: Policy, probe: Probe, table: RolloutTable, cache: Path) -> tor
 
 def _features(policy: Policy, table: RolloutTable, specs: list[FeatureSpec], cache: Path) -> torch.Tensor:
     rows = list(zip(table.column("prompt_ids"), table.column("completion_ids"), strict=True))
-    return cached_features(cache, policy.fingerprint, policy.model, rows, specs)
+    name = f"{policy.fingerprint}/{policy.model.dtype}/{policy.model.device.type}"
+    stop_ids = end_ids(policy.model, policy.tokenizer)
+    return cached_features(cache, name, policy.model, rows, specs, stop_ids=sorted(stop_ids))
 
 
 def _spec(probe: Probe) -> FeatureSpec:

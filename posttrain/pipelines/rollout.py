@@ -8,8 +8,9 @@ import torch
 
 from posttrain.data.load import load_rows
 from posttrain.data.prompts import template_for
+from posttrain.errors import UserError
 from posttrain.evaluation.arms import sampled_arms
-from posttrain.evaluation.metrics import rates, token_stats
+from posttrain.evaluation.metrics import MAX_SAMPLES, rates, token_stats
 from posttrain.evaluation.plots import accuracy_curves, length_histogram
 from posttrain.evaluation.report import Figure, write_report
 from posttrain.models.load import Policy
@@ -40,6 +41,8 @@ def rollout(
 
     Errors: UserError naming the field, before anything is sampled.
     """
+    if config.samples > MAX_SAMPLES:
+        raise UserError(f"samples: at most {MAX_SAMPLES} per prompt, got {config.samples}")
     template = template_for(config.data, config.prompt)
     rows = load_rows(config.data, config.split, config.limit, config.sampling.seed)
     engine = TransformersEngine(policy.model, policy.tokenizer, fingerprint=policy.fingerprint, slots=config.slots)

@@ -34,8 +34,9 @@ def extract(text: str) -> Extraction:
     visible = without_thinking(text)
     if visible is None:
         return NOTHING
+    prose = without_code(visible)
     for rule, find in RULES:
-        answer = find(visible)
+        answer = find(visible if rule == "boxed" else prose)
         if answer:
             return Extraction(answer, rule)
     return NOTHING
@@ -67,6 +68,24 @@ def without_thinking(text: str) -> str | None:
         return None
     kept.append(text[start:])
     return "".join(kept)
+
+
+_FENCE = re.compile(r"^[ \t]*```[ \t]*([a-zA-Z+#]*)[^\n]*$", re.MULTILINE)
+
+
+def without_code(text: str) -> str:
+    """The text outside fenced blocks of a programming language: what a program prints is not stated."""
+    if "```" not in text:
+        return text
+    kept: list[str] = []
+    start, inside = 0, False
+    for fence in _FENCE.finditer(text):
+        if inside:
+            start, inside = fence.end(), False
+        elif fence.group(1) and fence.group(1).lower() not in ("text", "math", "latex", "tex", "plaintext"):
+            kept.append(text[start : fence.start()])
+            inside = True
+    return "".join(kept) if inside else "".join([*kept, text[start:]])
 
 
 _BRACE = re.compile(r"\\{1,2}(?:boxed|fbox|framebox)(?![a-zA-Z])\s*+\{?|\\.|[{}]", re.DOTALL)

@@ -106,6 +106,8 @@ def _statement(text: str) -> str | None:
 
 
 def trim(text: str) -> str:
-    """Without the spaces, the emphasis and the full stop around it."""
+    """Without the spaces, the emphasis, the quotes and the full stop around it."""
     text = text.strip().strip("*_`").strip()
+    if len(text) > 1 and text[0] == text[-1] == '"':
+        text = text[1:-1]
     return text[:-1].rstrip() if text.endswith(".") and not text.endswith("..") else text

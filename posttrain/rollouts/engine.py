@@ -37,8 +37,8 @@ class Sampling:
             )
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p: must be above 0 and at most 1 (off), got {self.top_p}")
-        if self.top_k < 0:
-            raise UserError(f"top_k: must be 0 (off) or more, got {self.top_k}")
+        if not 0 <= self.top_k < 2**31:
+            raise UserError(f"top_k: must be 0 (off) or more, and below 2**31, got {self.top_k}")
         if self.max_tokens < 1:
             raise UserError(f"max_tokens: must be at least 1, got {self.max_tokens}")
         if not 0 <= self.seed < 2**63:

@@ -122,23 +122,26 @@ def truncate(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     """-inf outside each row's top_k (0: off), then outside the smallest top set of mass top_p (1: off) of what is left.
 
     Both are thresholds on the score, so that tied tokens stay or go together and no sort order matters; the top token
-    always stays. scores: float32 [rows, vocab], top_k: int64 [rows], top_p: float [rows].
+    always stays. scores: float32 [rows, vocab], top_k: int64 [rows], top_p: float64 [rows].
     """
     vocab = scores.shape[-1]
-    top_k = torch.where(top_k > 0, top_k, vocab).clamp(max=vocab)
-    width = vocab if vocab <= 2 * FIRST_CANDIDATES else FIRST_CANDIDATES
-    while True:
-        largest = scores.topk(width, dim=-1).values if width < vocab else scores.sort(dim=-1, descending=True).values
-        kth = largest.gather(1, (top_k - 1).clamp(max=width - 1).unsqueeze(1))
-        kth = torch.where((top_k < vocab).unsqueeze(1), kth, -torch.inf)
-        normaliser = scores.masked_fill(scores < kth, -torch.inf).logsumexp(dim=-1, keepdim=True)
-        mass = (largest.masked_fill(largest < kth, -torch.inf) - normaliser).exp().cumsum(dim=-1, dtype=torch.float64)
-        open_p = top_p >= 1
-        found = (open_p | (mass[:, -1] >= top_p)) & ((top_k == vocab) | (top_k <= width))
-        if width == vocab or bool(found.all()):
-            break
-        width = vocab
+    threshold, known = _threshold(scores, top_k, top_p, min(FIRST_CANDIDATES, vocab))
+    unknown = (~known).nonzero().squeeze(1)
+    if len(unknown):
+        threshold[unknown], _ = _threshold(scores[unknown], top_k[unknown], top_p[unknown], vocab)
+    return scores.masked_fill(scores < threshold, -torch.inf)
+
+
+def _threshold(scores: Tensor, top_k: Tensor, top_p: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The lowest score that stays [rows, 1], and whether the `width` top tokens were enough to tell [rows]."""
+    vocab = scores.shape[-1]
+    largest = scores.topk(width).values if width < vocab else scores.sort(descending=True).values
+    kth = largest.gather(1, (top_k - 1).clamp(0, width - 1).unsqueeze(1))
+    kth = kth.masked_fill(((top_k == 0) | (top_k > vocab)).unsqueeze(1), -torch.inf)
+    kept = scores.masked_fill(scores < kth, -torch.inf).logsumexp(dim=-1, keepdim=True)
+    mass = (largest.masked_fill(largest < kth, -torch.inf) - kept).exp().cumsum(dim=-1, dtype=torch.float64)
     # A token stays while the mass above it is below top_p.
     last = (mass < top_p.unsqueeze(1)).sum(dim=-1, keepdim=True).clamp(max=width - 1)
-    nucleus = torch.where(open_p.unsqueeze(1), -torch.inf, largest.gather(1, last))
-    return scores.masked_fill(scores < torch.maximum(kth, nucleus), -torch.inf)
+    nucleus = largest.gather(1, last).masked_fill((top_p >= 1).unsqueeze(1), -torch.inf)
+    known = ((top_p >= 1) | (mass[:, -1] >= top_p)) & ((top_k <= width) | (top_k > vocab)) | (width == vocab)
+    return torch.maximum(kth, nucleus), known

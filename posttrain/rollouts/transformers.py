@@ -16,6 +16,7 @@ from torch import Tensor
 
 from posttrain.errors import UserError
 from posttrain.models.cache import DecodeMasks, SlotCache, decode_attention, read_length
+from posttrain.models.load import end_ids
 from posttrain.rollouts.engine import Completion, FinishReason, Request, check_request, first_stop
 from posttrain.rollouts.sampling import Law, noise
 
@@ -48,6 +49,7 @@ class TransformersEngine:
     ) -> None:
         if slots < 1:
             raise UserError(f"slots: must be at least 1, got {slots}")
+        self.masks = DecodeMasks(model)
         config = model.config.get_text_config()
         self.model = model
         self.tokenizer = tokenizer
@@ -55,8 +57,7 @@ class TransformersEngine:
         self.slots = slots
         self.context: int = config.max_position_embeddings
         self.vocab: int = config.vocab_size
-        self.eos_ids = frozenset(_eos_ids(model, tokenizer) if eos_ids is None else eos_ids)
-        self.masks = DecodeMasks(model)
+        self.eos_ids = end_ids(model, tokenizer) if eos_ids is None else frozenset(eos_ids)
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Completions as they finish. Errors: UserError for a request that cannot fit, before any generation."""
@@ -240,10 +241,3 @@ def _similar(prompts: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
         batch.append(prompt)
     if batch:
         yield batch
-
-
-def _eos_ids(model: Any, tokenizer: Any) -> set[int]:
-    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    found = set(configured if isinstance(configured, list) else [configured])
-    found.add(getattr(tokenizer, "eos_token_id", None))
-    return found - {None}

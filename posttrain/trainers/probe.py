@@ -218,6 +218,8 @@ class ProbeTrainer:
         """One epoch after another without end, each cut into batches of equal size, `batch_chunks` at most."""
         while True:
             chunks = self._chunks(groups, generator)
+            if not len(chunks):  # this order left every right sample in a chunk of its own: draw another
+                continue
             yield from chunks.tensor_split(-(-len(chunks) // self.config.batch_chunks))
 
     def _chunks(self, groups: "_Groups", generator: torch.Generator) -> Tensor:

@@ -1,6 +1,6 @@
 import pytest
 
-from posttrain.data.prompts import BOXED, messages_for, render, template_for
+from posttrain.data.prompts import BOXED, messages_for, plain_text, render, render_text, template_for
 from posttrain.errors import UserError
 
 
@@ -45,3 +45,19 @@ def test_a_missing_chat_template_is_an_error():
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
         render(tokenizer, [])
+
+
+EXAMPLES = [{"problem": "1+1", "solution": "is 2"}, {"problem": "{2}+2", "solution": "is 4"}]
+
+
+def test_worked_examples_and_a_system_line_come_before_the_problem():
+    messages = messages_for({"problem": "3+3"}, "Q: {problem}", exemplars=EXAMPLES, system="Be brief.")
+    assert [message["role"] for message in messages] == ["system", "user", "assistant", "user", "assistant", "user"]
+    assert [message["content"] for message in messages] == ["Be brief.", "Q: 1+1", "is 2", "Q: {2}+2", "is 4", "Q: 3+3"]
+
+
+def test_the_same_turns_as_a_text_to_be_continued():
+    messages = messages_for({"problem": "3+3"}, "Q: {problem}\nA:", exemplars=EXAMPLES)
+    text = "Q: 1+1\nA: is 2\n\nQ: {2}+2\nA: is 4\n\nQ: 3+3\nA:"
+    assert plain_text(messages) == text
+    assert render_text(lambda given: {"input_ids": [given]}, messages) == [text]

@@ -34,10 +34,10 @@ def test_chunks_shuffled_are_unbiased(beta):
     """The mean over many shuffles is the mean over all subsets, here by counting them."""
     scores, rewards = groups(prompts=2, samples=5)
     generator = torch.Generator().manual_seed(0)
-    estimate = sum(chunked_value(scores, rewards, 3, beta, generator) for _ in range(3000)) / 3000
+    estimate = sum(chunked_value(scores, rewards, 3, beta, generator) for _ in range(1000)) / 1000
     subsets = torch.tensor(list(itertools.combinations(range(5), 3)))
     exact = chunked_value(scores[:, subsets].view(-1, 3), rewards[:, subsets].view(-1, 3), 3, beta)
-    assert estimate.item() == pytest.approx(exact.item(), abs=0.01)
+    assert estimate.item() == pytest.approx(exact.item(), abs=0.02)
 
 
 def test_same_generator_same_value():
@@ -124,7 +124,7 @@ def reranker():
     model = LlamaForCausalLM(LlamaConfig(vocab_size=20, eos_token_id=1, bos_token_id=None, **sizes)).eval()
     probe = Probe(ProbeCard(dim=16, feature=FeatureSpec(1, "mean"), policy="fp"))
     torch.nn.init.normal_(probe.first.weight)
-    return Reranker(SimpleNamespace(model=model, fingerprint="fp"), probe)
+    return Reranker(SimpleNamespace(model=model, tokenizer=None, fingerprint="fp"), probe)
 
 
 PROMPT, COMPLETIONS = [3, 4, 5], [[6, 7], [8], [9, 10, 11, 1], []]

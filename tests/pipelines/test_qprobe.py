@@ -6,6 +6,7 @@ import pytest
 from posttrain.errors import UserError
 from posttrain.models.probe import Probe
 from posttrain.pipelines.qprobe import QProbeConfig, publish, run
+from posttrain.trainers.probe import ProbeConfig
 
 
 def small(out, **changes):
@@ -81,7 +82,8 @@ def test_settings_out_of_range(changes, field):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_probe_beats_one_sample_by_20_points_and_a_majority_of_8_by_15(tmp_path, seed):
-    result = run(QProbeConfig(out=str(tmp_path), seed=seed), say=lambda _: None)
+    config = QProbeConfig(out=str(tmp_path), seed=seed, probe=ProbeConfig(seed=seed))
+    result = run(config, say=lambda _: None)
     accuracy = {name: arm.accuracy for name, arm in result.arms.items()}
     assert len(result.test.rectangle("correct")) >= 500
     assert accuracy["qprobe"] >= accuracy["base"] + 0.20

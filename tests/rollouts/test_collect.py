@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from posttrain.errors import UserError
-from posttrain.rollouts.collect import collect, completion_seed, prompts_for
-from posttrain.rollouts.engine import Sampling
+from posttrain.rollouts.collect import collect, completion_seed, completion_text, prompts_for
+from posttrain.rollouts.engine import Completion, Sampling
 from posttrain.rollouts.table import read_manifest, shard_name
 
 SETTINGS = {"samples": 3, "sampling": Sampling(max_tokens=4, seed=5), "policy": "digits", "shard_prompts": 2}
@@ -61,6 +61,12 @@ def test_a_truncated_completion_without_an_answer_is_wrong(engine, tokenizer, pr
     monkeypatch.setattr(type(tokenizer), "decode", lambda self, ids, skip_special_tokens=True: "3 + 4 is")
     table = collect(engine, tokenizer, prompts, out=tmp_path / "t", **SETTINGS)
     assert set(table.column("verdict")) == {"no_answer"} and not any(table.column("correct"))
+
+
+def test_a_stop_text_is_not_part_of_the_completion(tokenizer):
+    ids, logprobs = (1, 2, 3), (-1.0, -1.0, -1.0)
+    assert completion_text(tokenizer, Completion(0, ids, logprobs, "stop", "2")) == "#### 1"
+    assert completion_text(tokenizer, Completion(0, ids, logprobs, "stop")) == "#### 123"
 
 
 def test_a_seed_is_its_own_prompts_and_samples():
@@ -280,7 +286,7 @@ COLLECTION = textwrap.dedent(
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from posttrain.rollouts.collect import Prompt, collect
-    from posttrain.rollouts.engine import Sampling
+    from posttrain.rollouts.engine import Completion, Sampling
     from posttrain.rollouts.transformers import TransformersEngine
 
 

@@ -190,6 +190,30 @@ def test_a_stop_id_as_the_last_allowed_token_is_a_stop(llama):
     assert stopped.finish_reason == "stop"
 
 
+class Digits:
+    """Token id 7 is the text "7 "."""
+
+    eos_token_id = None
+
+    def decode(self, ids, skip_special_tokens=True):
+        return "".join(f"{i} " for i in ids)
+
+
+def test_a_stop_text_ends_a_completion_with_the_token_that_completes_it(llama):
+    request = Request(0, (5, 6), Sampling(max_tokens=30, seed=3))
+    free = run(llama, [request], eos_ids=())[0]
+    text = f"{free.ids[4]} {free.ids[5]} "
+    stopping = replace(request, sampling=replace(request.sampling, stop=("never", text)))
+    stopped = run(llama, [stopping], tokenizer=Digits(), eos_ids=())[0]
+    assert stopped.ids == free.ids[:6]
+    assert (stopped.finish_reason, stopped.stop) == ("stop", text)
+
+
+def test_a_stop_text_needs_a_tokenizer(llama):
+    with pytest.raises(UserError, match="^stop: "):
+        run(llama, [Request(0, (5, 6), Sampling(max_tokens=2, stop=("\n",)))])
+
+
 def test_end_ids_come_from_generation_config_and_tokenizer(llama):
     model = copy.deepcopy(llama)
     model.generation_config.eos_token_id = [1, 4]
@@ -274,7 +298,6 @@ def test_a_model_without_plain_attention_is_refused(kind):
     config = getattr(transformers, f"{kind}Config")(
         vocab_size=10, hidden_size=8, num_hidden_layers=1, n_layer=1, n_head=1
     )
-    config.max_position_embeddings = 16
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
     with pytest.raises(UserError, match="^model: "):
         TransformersEngine(model, fingerprint="x")

@@ -55,6 +55,9 @@ class Brackets(Cursor):
         if opening == "{|" and self.op() == "|}":
             self.take()
             return EMPTY_SET
+        if opening == "{" and self.op() == "}" and not self.latex:
+            self.take()
+            return EMPTY_SET
         items = [self.item()]
         while self.op() in (",", ";") or (opening in ("{", "{|") and self.op() in SEPARATORS):
             while self.op() in SEPARATORS:

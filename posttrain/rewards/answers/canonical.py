@@ -6,9 +6,10 @@ themselves, other expressions a fingerprint of their values at fixed points.
 
 from fractions import Fraction
 
+from posttrain.rewards.answers.agreement import points
 from posttrain.rewards.answers.exact import rational
 from posttrain.rewards.answers.expressions import numerator, same_expression
-from posttrain.rewards.answers.numeric import Evaluation, Undefined, Unknown, needs_integers, points
+from posttrain.rewards.answers.numeric import NO_VALUE, Evaluation
 from posttrain.rewards.answers.plus_minus import spread
 from posttrain.rewards.answers.readings import readings
 from posttrain.rewards.answers.relations import stated_values
@@ -93,11 +94,11 @@ def _values(node: Node) -> list[str]:
     """The values at two points, the first two where there are any."""
     found: list[str] = []
     for real in (True, False):
-        for point in points(sorted(variables(node)), needs_integers(node)):
+        for point in points(node):
             try:
                 at = Evaluation(point, 4 * DIGITS + 200, real)
                 found.append(at.mp.nstr(at.value(node), DIGITS))
-            except (Undefined, Unknown, ZeroDivisionError, ValueError, OverflowError, TypeError):
+            except NO_VALUE:
                 continue
             if len(found) == 2 or not point:
                 return found
@@ -114,10 +115,10 @@ def _nearby_rational(value: str) -> Fraction | None:
 def _equation_key(node: Node) -> str:
     """The values of `node = 0` at three points, up to a common factor."""
     values = []
-    for point in points(sorted(variables(node)))[:3]:
+    for point in points(node)[:3]:
         try:
             values.append(Evaluation(point, 4 * DIGITS + 200, True).value(node))
-        except (Undefined, Unknown, ZeroDivisionError, ValueError, OverflowError, TypeError):
+        except NO_VALUE:
             return ""
     if len(values) < 3 or not values[0]:
         return ""

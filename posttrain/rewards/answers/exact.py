@@ -93,6 +93,8 @@ def _power(base: Fraction, exponent: Fraction) -> Fraction:
         bits = max(base.numerator.bit_length(), base.denominator.bit_length())
         if base not in (0, 1, -1) and bits * abs(exponent.numerator) > MOST_BITS:
             raise NotExact
+        if base == 0 and exponent <= 0:
+            raise NotExact
         if base in (1, -1):
             exponent = Fraction(exponent.numerator % 2)
         elif base == 0 and exponent.numerator > 0:

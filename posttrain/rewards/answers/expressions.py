@@ -1,18 +1,8 @@
 """Are two scalar expressions, equations or inequalities the same?"""
 
-from typing import Any
-
+from posttrain.rewards.answers.agreement import WORKING_BITS, decide, points, same_value
 from posttrain.rewards.answers.exact import PRIME, NotExact, rational, residue
-from posttrain.rewards.answers.numeric import (
-    Evaluation,
-    Undefined,
-    Unknown,
-    decide,
-    literal_bits,
-    needs_integers,
-    points,
-    same_value,
-)
+from posttrain.rewards.answers.numeric import NO_VALUE, Evaluation, Unknown, Value
 from posttrain.rewards.answers.tree import ONE, Apply, Node, Num, add, mul, power, variables
 
 SEEDS = (1, 2, 3)
@@ -50,28 +40,30 @@ def proportional(a: Node, b: Node) -> bool | None:
         return bool(a1 and b1) and a1 * b2 % PRIME == a2 * b1 % PRIME
     except (NotExact, ValueError):
         pass
-    origin = points(names)[0]
+    origin = points(a, b)[0]
 
-    def crossed(at: Evaluation) -> tuple[Any, Any]:
+    def crossed(at: Evaluation) -> tuple[Value, Value]:
         here = at.point
-        a2, b2 = at.value(a), at.value(b)
+        values = [at.value(a), at.value(b)]
         at.point = {name: at.exact(value) for name, value in origin.items()}
-        a1, b1 = at.value(a), at.value(b)
+        for i, tree in enumerate((b, a)):
+            there = at.value(tree)
+            if at.is_zero(there, at.local):
+                raise Unknown
+            values[i] *= there
         at.point = here
-        if at.is_zero(a1) or at.is_zero(b1):
-            raise Unknown
-        return a1 * b2, a2 * b1
+        return values[0], values[1]
 
-    return decide(crossed, names, literal_bits(a) + literal_bits(b), needs_integers(a) or needs_integers(b))
+    return decide(crossed, a, b)
 
 
 def ratio_sign(a: Node, b: Node) -> int:
     """The sign of a/b at the first point where it has one, else 0."""
-    for point in points(variables(a) | variables(b)):
+    for point in points(a, b):
         try:
-            at = Evaluation(point, 100, True)
+            at = Evaluation(point, WORKING_BITS, real=True)
             return 1 if at.value(a) / at.value(b) > 0 else -1
-        except (Undefined, Unknown, ZeroDivisionError, ValueError, OverflowError, TypeError):
+        except NO_VALUE:
             continue
     return 0
 

@@ -18,6 +18,7 @@ from posttrain.rewards.answers.cursor import CLOSING, MONEY, SET_OPERATIONS
 from posttrain.rewards.answers.lexer import ParseError, Token
 from posttrain.rewards.answers.linear import product, total
 from posttrain.rewards.answers.literals import literal_value
+from posttrain.rewards.answers.number_words import SMALL
 from posttrain.rewards.answers.tree import (
     EMPTY_SET,
     Apply,
@@ -112,10 +113,15 @@ class Grammar(Brackets):
         return token.kind == "op" and token.text in ("{", "⌊", "⌈")
 
     def is_letter_unit(self, node: Node) -> bool:
-        """Plain `5 m`, with a space, at the end: a unit rather than a factor."""
+        """Plain `5 m` or `5 m/s`, with a space, at the end: a unit rather than a factor."""
         token = self.peek()
-        bare = token is not None and token.kind == "sym" and token.space and token.text in units.LETTERS
-        return bare and not self.latex and isinstance(node, Num) and self.peek(1) is None
+        if self.latex or not isinstance(node, Num) or token is None or token.kind != "sym" or not token.space:
+            return False
+        rest = self.stream[self.at :]
+        return len(rest) < 10 and all(
+            t.text in units.LETTERS if t.kind == "sym" else t.kind == "num" or t.text in ("/", "^", "-", "{", "}")
+            for t in rest
+        )
 
     def mixed_number(self) -> Node | None:
         """`2\\frac{1}{3}` or `2 1/3`: an integer and a proper fraction."""
@@ -176,7 +182,7 @@ class Grammar(Brackets):
                 node = primed(node, "'")
             elif sign == "°":
                 self.take()
-                node = Apply("deg", (node,))
+                node = self.degrees(node)
             elif sign == "%" and self.kind(1) not in ("num", "sym"):
                 self.take()
                 node = Apply("percent", (node,))
@@ -195,11 +201,10 @@ class Grammar(Brackets):
             self.at += 1 + grouped
             while grouped and self.op() == "'":
                 mark += self.take().text
-            if grouped and mark == "°" and self.kind() in ("sym", "word"):  # ^{\circ C}
-                self.take()
+            degrees = self.degrees(base) if mark == "°" else None
             if grouped:
                 self.expect("}")
-            return Apply("deg", (base,)) if mark == "°" else primed(base, mark)
+            return self.degrees(base) if degrees else primed(base, mark)
         if mark in ("+", "-") and not grouped:
             return power(base, self.factor())
         self.descend()
@@ -210,12 +215,19 @@ class Grammar(Brackets):
         self.depth -= 1
         return power(base, exponent)
 
+    def degrees(self, node: Node) -> Node:
+        """After a degree sign: of an angle or, with a C or F behind it, of temperature."""
+        token = self.peek()
+        if token and token.kind == "sym" and token.text in ("C", "F"):
+            self.take()
+        return Apply("deg", (node,))
+
     def indexed(self, node: Node, numeral: str) -> Node:
         """What follows `_`: the base of a numeral, or part of a name."""
         index = self.index_text()
         match node:
             case Num():
-                base = units.NUMBER_WORDS.get(index) or (int(index) if index.isdigit() else 0)
+                base = SMALL.get(index) or (int(index) if index.isdigit() else 0)
                 if not numeral.replace(",", "").replace(".", "", 1).isdigit() or not 2 <= base <= 36:
                     raise ParseError("base")
                 return Based(numeral.replace(",", ""), base)

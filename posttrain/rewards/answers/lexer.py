@@ -90,8 +90,8 @@ _NAMED_OPERATORS = {"emptyset": "∅", "varnothing": "∅", "infty": "oo", "Re":
 _TOKEN = re.compile(
     r"""
     (?P<space>(?:\s|~|\\[,;:!\ ])+)
-  | (?P<rep>\d*\.\d*\\(?:overline|bar|dot)\s*\{\s*\d+\s*\} | \d*\.\d*\\dot\s*\{?\d\}?\d*\\dot\s*\{?\d\}?
-      | \d*\.\d+(?:\.\.\.|\\[lc]?dots(?:b|c)?(?![a-zA-Z])) | \d+\.\(\d+\))
+  | (?P<rep>\d*\.\d*\\(?:overline|bar|dot)\s*(?:\{\s*\d+\s*\}|\d) | \d*\.\d*\\dot\s*\{?\d\}?\d*\\dot\s*\{?\d\}?
+      | \d*\.\d+(?:\.\.\.|\\[lc]?dots(?:b|c)?(?![a-zA-Z])) | \d+\.\d*\(\d+\))
   | (?P<num>[1-9]\d{0,2}(?:,\d{3})+(?![\d,])(?:\.\d+)? | (?:\d+(?:\.(?!\.)\d*)?|\.\d+)(?:[eE][+-]?\d+(?![\w.]))?)
   | (?P<row>\\\\(?:\[[^\]]*\])?)
   | (?P<cmd>\\[a-zA-Z]+\*?)
@@ -219,6 +219,9 @@ def _glued(run: str) -> tuple[str, str] | None:
     return None
 
 
+_UNBRACED = re.compile(r"\s*([A-Z])")
+
+
 def _command(
     name: str, text: str, position: int, grouped: bool, upright: bool, space: bool, out: list[Token], depth: int
 ) -> int:
@@ -236,6 +239,9 @@ def _command(
                 first = out[before]
                 out[before] = Token(first.kind, first.text, True, first.upright)
             return end
+        if name == "mathbb" and (letter := _UNBRACED.match(text, position)):
+            out.append(Token("sym", f"set {letter[1]}", space))
+            return letter.end()
         return position
     if name in _IGNORED:
         # `\left.` and `\right.` are invisible brackets

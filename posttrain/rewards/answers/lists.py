@@ -174,5 +174,6 @@ def ratio_rule(a: Node, b: Node) -> RuleOutcome:
     if not isinstance(a, Ratio):
         return NOT_MINE
     if len(a.items) == 2 and is_expression(b) and all(is_expression(i) for i in a.items):
-        return same(quotient(*a.items), b)
+        value = rational(b)
+        return False if value is not None and value.denominator == 1 else same(quotient(*a.items), b)  # 1:2 is 1/2
     return False

@@ -7,7 +7,7 @@ from posttrain.rewards.answers.lexer import ParseError
 
 LARGEST_EXPONENT = 400  # of a literal such as 1e9
 
-_REPEATING = re.compile(r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*\{\s*(\d+)\s*\}|\((\d+)\))")
+_REPEATING = re.compile(r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*\{?\s*(\d+)\s*\}?|\((\d+)\))")
 _DOTTED = re.compile(r"(\d*)\.(\d*)\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?")
 _GOES_ON = re.compile(r"(\d*)\.(\d+)(?:\.\.\.+|\\[lc]?dots[bc]?)")
 LONGEST_CYCLE = 30

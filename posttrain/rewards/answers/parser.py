@@ -13,6 +13,7 @@ from posttrain.rewards.answers.cursor import MONEY, RELATIONS, SEPARATORS
 from posttrain.rewards.answers.lexer import STATES, ParseError, Token, tokens
 from posttrain.rewards.answers.linear import product
 from posttrain.rewards.answers.macros import Macros
+from posttrain.rewards.answers.number_words import MAGNITUDES, spelt_number
 from posttrain.rewards.answers.tree import (
     EMPTY_SET,
     MINUS_ONE,
@@ -146,6 +147,9 @@ class Parser(Macros):
         return Relation(tuple(sides), tuple(ops))
 
     def side(self) -> Node:
+        words = self.leading_words()
+        if words:
+            return as_words(words)
         outer, self.money = self.money, ""
         node = self.with_unit(self.union())
         self.money = outer
@@ -159,8 +163,8 @@ class Parser(Macros):
             if (stripped := without_mark(node, mark)) is not None:
                 node, unit = stripped, name
         pieces = self.unit_pieces(node)
-        while pieces and isinstance(node, Num) and pieces[0].lower() in units.MAGNITUDES:
-            node = Num(node.value * units.MAGNITUDES[pieces.pop(0).lower()])
+        while pieces and isinstance(node, Num) and pieces[0].lower() in MAGNITUDES:
+            node = Num(node.value * MAGNITUDES[pieces.pop(0).lower()])
         if pieces:
             if not units.acceptable(pieces, self.trusted):
                 raise ParseError("text beside a value")
@@ -210,7 +214,7 @@ def as_words(words: list[Token]) -> Node:
     """Text, or the number or the set that it spells."""
     kept = [word.text.lower() for word in words if word.text.lower() not in ARTICLES or len(words) == 1]
     text = " ".join(kept)
-    value = units.spelt_number(text)
+    value = spelt_number(text)
     if value is not None:
         return number(value)
     if text in NOTHING:

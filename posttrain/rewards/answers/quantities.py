@@ -64,4 +64,4 @@ def numeral_rule(a: Node, b: Node) -> RuleOutcome:
         a, b = b, a
     if isinstance(a, Based) and isinstance(b, Num):
         return b.value.denominator == 1 and a.digits.lstrip("0") == str(b.value)
-    return False if isinstance(a, Based) else NOT_MINE
+    return False if isinstance(a, Based) and not isinstance(b, Relation | Listing) else NOT_MINE

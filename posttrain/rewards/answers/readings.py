@@ -2,17 +2,19 @@
 
 import re
 
-from posttrain.rewards.answers import units
 from posttrain.rewards.answers.lexer import LONGEST, ParseError
+from posttrain.rewards.answers.number_words import SMALL, spelt_number
 from posttrain.rewards.answers.parser import parse
 from posttrain.rewards.answers.tree import Based, Node, number
 
 _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 # 1000,99 and 1,22 and 0,111; but 1,2 and 0,4 are lists
 _DECIMAL_COMMA = re.compile(r"([-+]?)(0(?=,\d{3,}\Z)|\d{4,}|[1-9]\d*(?=,\d\d\Z)),(\d+)")
-_LETTER_UNIT = re.compile(r"([-+]?[\d.,]+)\s+([A-Za-z])")
+_LETTER_UNIT = re.compile(r"([-+]?[\d.,]+)\s+([A-Za-z](?:[^A-Za-z].{0,20})?)")
 _TEXT = re.compile(r"\\(?:text|mathrm|mbox)\s*\{([^{}]*)\}")
-_NUMERAL = re.compile(r"\s*([-+]?[0-9a-zA-Z]+)(?:\s*_\s*\{?\s*([a-z]+|\d{1,2})\s*\}?|\s+(?:in )?base[- ](\w+))\s*")
+_NUMERAL = re.compile(
+    r"\s*([-+]?)\(?([0-9a-zA-Z]+)\)?(?:\s*_\s*\{?\s*\(?(?:base )?\s*([a-z]+|\d{1,2})\s*\)?\}?|\s+\(?(?:in )?base[- ](\w+)\)?)\s*"
+)
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
@@ -22,7 +24,7 @@ def readings(text: str, trusted: bool) -> list[Node]:
         return []
     if (numeral := _numeral(text)) is not None:
         return [numeral]
-    if (value := units.spelt_number(text.lower().replace("-", " "))) is not None:
+    if (value := spelt_number(_TEXT.sub(r"\1", text))) is not None:
         return [number(value)]
     found: list[Node] = []
     for spelling, grouped in _spellings(text):
@@ -50,8 +52,8 @@ def _numeral(text: str) -> Based | None:
     match = _NUMERAL.fullmatch(_TEXT.sub(r"\1", text))
     if not match:
         return None
-    name = match[2] or match[3]
-    base = units.NUMBER_WORDS.get(name, int(name) if name.isdigit() else 0)
-    digits = match[1].lstrip("+-").lower()
+    name = match[3] or match[4]
+    base = SMALL.get(name, int(name) if name.isdigit() else 0)
+    digits = match[2].lower()
     known = 2 <= base <= 36 and any(c.isdigit() for c in digits) and all(c in _DIGITS[:base] for c in digits)
-    return Based(match[1].lstrip("+"), base) if known else None
+    return Based(match[1].removeprefix("+") + match[2], base) if known else None

@@ -5,9 +5,9 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+from posttrain.rewards.answers.agreement import constant
 from posttrain.rewards.answers.exact import rational
 from posttrain.rewards.answers.expressions import same_expression
-from posttrain.rewards.answers.numeric import constant
 from posttrain.rewards.answers.tree import (
     INFINITY,
     Apply,
@@ -84,9 +84,9 @@ def real_set(node: Node) -> RealSet:
         case Sym("set R"):
             return EVERYTHING
         case Interval(low, high, low_closed, high_closed):
-            return normal([Piece(End(_plain(low)), low_closed, End(_plain(high)), high_closed)])
+            return _interval(low, low_closed, high, high_closed)
         case Tuple((low, high)):
-            return normal([Piece(End(_plain(low)), False, End(_plain(high)), False)])
+            return _interval(low, False, high, False)
         case Apply("cup", (a, b)):
             return union(real_set(a), real_set(b))
         case Apply("cap", (a, b)):
@@ -98,6 +98,13 @@ def real_set(node: Node) -> RealSet:
         case Relation():
             return _solved(node)
     raise NotASet
+
+
+def _interval(low: Node, low_closed: bool, high: Node, high_closed: bool) -> RealSet:
+    piece = Piece(End(_plain(low)), low_closed, End(_plain(high)), high_closed)
+    if piece.empty():  # (2, -1) is a point, not the empty set
+        raise NotASet
+    return [piece]
 
 
 def _plain(node: Node) -> Node:
@@ -118,9 +125,7 @@ def _listed(items: tuple[Node, ...], joint: str) -> RealSet:
         return functools.reduce(union, parts)
     pieces = []
     for item in items:
-        if isinstance(item, Interval | Tuple) or (isinstance(item, Apply) and item.op in ("cup", "cap", "setminus")):
-            pieces += real_set(item)
-        elif is_expression(_plain(item)):
+        if is_expression(_plain(item)):
             end = End(_plain(item))
             pieces.append(Piece(end, True, end, True))
         else:

@@ -44,9 +44,13 @@ _DOUBLED = re.compile(  # JSON written twice
 )
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])")
 _THOUSANDS = re.compile(  # 1,\!234 and 1{,}234 and 1\,234 and 1~234
-    r"(?<=\d)\s*(?:(?:\{\s*,\s*\}|,)\s*(?:\\[!,;:]|\\ )\s*|\{\s*,\s*\}\s*|\\[!,;:]\s*,?\s*|\\ |\\thinspace\s*|~)"
+    r"(?<=\d)\s*(?:(?:\{\s*,\s*\}|,)\s*\\!\s*|\{\s*,\s*\}\s*|\\[!,;:]\s*,?\s*|\\ |\\thinspace\s*|~|'|_|\\text\s*\{\s*,\s*\})"
     r"\s*(?=\d{3}(?!\d))"
 )
+_DOTTED_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:\.\d{3}){2,}(?![\d.,])")  # 1.234.567
+_TIMES_TEN = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)")
+_MONEY_NAMES = {"us$": DOLLAR, "us" + DOLLAR: DOLLAR, "usd": DOLLAR, "eur": "€", "gbp": "£", "rs": "₹", "inr": "₹"}
+_MONEY_NAME = re.compile(rf"(?i)(?<![a-z])(US[${DOLLAR}]|USD|EUR|GBP|Rs|INR)\.?\s*(?=\d)")
 _HALF_DAY = re.compile(r"(?i)\b([ap])\.\s?m\b\.?")
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d/])(?!\s*(?:/|\\[dtc]?frac))")
 
@@ -64,7 +68,10 @@ def respell(text: str) -> str:
     text = text.replace("\\$", DOLLAR)
     text = _DELIMITER.sub(" ", text)
     text = _math_dollars(text)
+    text = _TIMES_TEN.sub(r"\\times ", text)
+    text = _MONEY_NAME.sub(lambda m: _MONEY_NAMES[m[1].lower()], text)
     text = _THOUSANDS.sub("", text)
+    text = _DOTTED_THOUSANDS.sub(lambda m: m[0].replace(".", ""), text)
     text = _HALF_DAY.sub(r"\1m", text)
     text = _SPACED_THOUSANDS.sub(lambda m: m[0].replace(" ", ""), text)
     return trim(text)
@@ -76,11 +83,23 @@ def trim(text: str) -> str:
     while before != text:
         before = text
         text = text.strip().removesuffix("\\\\").removesuffix("\\,").removesuffix("\\").rstrip()
-        if text.endswith((",", ";", ":")) or (text.endswith(".") and not text.endswith("..")):
+        if text.endswith((",", ";", ":")) or (text.endswith(".") and not text.endswith("...")):
             text = text[:-1]
+        if text.startswith("{") and len(text) > 2 and _closes_at_end(text) and not _INFIX.search(text):
+            text = text[1:-1]
         if text.startswith((":", "=")) and not text.startswith("=="):
             text = text[1:]
     return text
+
+
+def _closes_at_end(text: str) -> bool:
+    """Whether the brace that opens a text is closed by its last character."""
+    depth = 0
+    for match in _BRACE.finditer(text):
+        depth += {"{": 1, "}": -1}.get(match.group(), 0)
+        if depth <= 0:
+            return match.end() == len(text)
+    return False
 
 
 def _math_dollars(text: str) -> str:
@@ -99,6 +118,8 @@ _TEXT = re.compile(
 _STYLE = re.compile(
     r"\\(?:left|right|displaystyle|textstyle|limits|[bB]ig{1,2}[lr]?)(?![a-zA-Z])|\\[,;:!]|\\q?quad(?![a-zA-Z])"
 )
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_INFIX = re.compile(r"\\(?:choose|over)(?![a-zA-Z])")  # these need the braces around them
 _VARIANT = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
 _SPACES = re.compile(r"(?<![^\W_])[\s~]+|[\s~]+(?![^\W_])")
 

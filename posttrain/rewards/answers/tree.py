@@ -170,7 +170,12 @@ def power(base: Node, exponent: Node) -> Node:
 
 
 def negative(node: Node) -> Node:
-    return Num(-node.value) if isinstance(node, Num) else Apply("mul", (MINUS_ONE, node))
+    match node:
+        case Num(value):
+            return Num(-value)
+        case Based(digits, base):
+            return Based(f"-{digits}", base)
+    return Apply("mul", (MINUS_ONE, node))
 
 
 def difference(a: Node, b: Node) -> Node:

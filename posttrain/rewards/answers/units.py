@@ -1,5 +1,6 @@
 """Units, currencies and number words: what may stand beside a value."""
 
+import re
 from fractions import Fraction
 
 _LENGTH = {"mm": "1/1000", "cm": "1/100", "dm": "1/10", "m": "1", "km": "1000"}
@@ -30,16 +31,7 @@ _SCALES: dict[str, tuple[str, Fraction]] = {
     "cent": ("$", Fraction(1, 100)), "$": ("$", Fraction(1)),
 }  # fmt: skip
 
-MAGNITUDES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-NUMBER_WORDS = {
-    word: value
-    for value, word in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-        "seventeen eighteen "
-        "nineteen twenty".split()
-    )
-} | {"thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90}
-
+_INVERSE = re.compile(r" (\w+)\^-(\d+)")  # m s^-2
 SHORT = frozenset(  # two or three letters that are a unit beside a number, not a product
     "mm cm dm km ft in yd mi kg mg lb lbs oz hr hrs min sec mph kph kmh sq cu deg rad usd pm am ml kw hz pa ev per "
     "pct day yr yrs".split()
@@ -84,7 +76,8 @@ def unit_name(pieces: list[str]) -> str:
             power = None
         else:
             names.append(word)
-    return " ".join(names).replace(" ^ ", "^").replace(" / ", "/")
+    name = " ".join(names).replace(" ^ ", "^").replace(" / ", "/")
+    return _INVERSE.sub(lambda m: f"/{m[1]}" + (f"^{m[2]}" if m[2] != "1" else ""), name)
 
 
 def acceptable(pieces: list[str], trusted: bool) -> bool:
@@ -108,12 +101,3 @@ def conversion(a: str, b: str) -> Fraction | None:
     if a not in _SCALES or b not in _SCALES or _SCALES[a][0] != _SCALES[b][0]:
         return None
     return (_SCALES[a][1] / _SCALES[b][1]) ** power
-
-
-def spelt_number(text: str) -> int | None:
-    """`twenty-three` is 23; up to ninety-nine."""
-    first, _, second = text.partition(" ")
-    if second:
-        tens, ones = NUMBER_WORDS.get(first), NUMBER_WORDS.get(second)
-        return tens + ones if tens and ones and tens >= 20 and tens % 10 == 0 and ones < 10 else None
-    return NUMBER_WORDS.get(first)

@@ -1,0 +1,142 @@
+import json
+import os
+import re
+
+import pytest
+
+from posttrain.cli.main import main
+from posttrain.rollouts.table import read_table, shard_name
+
+FAST = ["--max-tokens", "8", "--threads", "1"]
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A function that writes rows to a .jsonl file."""
+
+    def write(*rows):
+        path = tmp_path / "data.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    return write
+
+
+def rollout(out, *, data="arithmetic", model="tiny", samples=2, more=("--limit", "3")):
+    return main(
+        ["rollout", "--model", model, "--data", data, "--samples", str(samples), "--out", str(out), *FAST, *more]
+    )
+
+
+def test_a_table_is_collected_and_summarised(tmp_path, capsys):
+    assert rollout(tmp_path / "t") == 0
+    shown = capsys.readouterr().out
+    table = read_table(tmp_path / "t")
+    assert len(table) == 6
+    assert "<|user|>" in shown and "<|assistant|>" in shown  # one prompt, special tokens visible
+    for figure in ("accuracy", "truncated", "answer found", "tokens/s"):
+        assert figure in shown
+
+
+def test_an_interrupted_table_is_continued_to_the_same_bytes(tmp_path):
+    options = ("--limit", "4", "--shard-prompts", "1")
+    assert rollout(tmp_path / "whole", more=options) == rollout(tmp_path / "cut", more=options) == 0
+    for index in (1, 3):
+        (tmp_path / "cut" / shard_name(index)).unlink()
+    assert rollout(tmp_path / "cut", more=(*options, "--resume")) == 0
+    for index in range(4):
+        assert (tmp_path / "cut" / shard_name(index)).read_bytes() == (
+            tmp_path / "whole" / shard_name(index)
+        ).read_bytes()
+
+
+def refused(capsys, field, *arguments, **keywords):
+    """Exit code 2 and one line that names the field."""
+    assert rollout(*arguments, **keywords) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(rf"posttrain: error: {field}: ", message), message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("field", "more"),
+    [
+        ("temperature", ["--temperature", "-1"]),
+        ("top_p", ["--top-p", "0"]),
+        ("top_k", ["--top-k", "-1"]),
+        ("max_tokens", ["--max-tokens", "0"]),
+        ("max_tokens", ["--max-tokens", "512"]),
+        ("seed", ["--seed", "-1"]),
+        ("slots", ["--slots", "0"]),
+        ("threads", ["--threads", "0"]),
+        ("shard_prompts", ["--shard-prompts", "0"]),
+        ("limit", ["--limit", "0"]),
+        ("split", ["--split", "tets"]),
+        ("prompt", ["--prompt", "no placeholder"]),
+        ("dtype", ["--dtype", "float8"]),
+        ("device", ["--device", "abacus"]),
+    ],
+)
+def test_an_option_out_of_range_names_itself(field, more, tmp_path, capsys):
+    refused(capsys, field, tmp_path / "t", more=["--limit", "3", *more])
+    assert not (tmp_path / "t").exists()
+
+
+def test_no_samples(tmp_path, capsys):
+    refused(capsys, "samples", tmp_path / "t", samples=0)
+
+
+def test_an_unknown_model(tmp_path, capsys):
+    refused(capsys, "model", tmp_path / "t", model="./nowhere")
+
+
+def test_an_empty_data_file(tmp_path, capsys, data):
+    refused(capsys, "data", tmp_path / "t", data=data())
+
+
+def test_a_row_without_an_answer(tmp_path, capsys, data):
+    row = {"id": "1", "problem": "2+2=?"}
+    refused(capsys, "answer", tmp_path / "t", data=data(row))
+
+
+def test_a_prompt_longer_than_the_context_names_its_row(tmp_path, capsys, data):
+    rows = {"id": "ok", "problem": "2+2=?", "answer": "4"}, {"id": "long", "problem": "2+" * 300, "answer": "4"}
+    more = ("--prompt", "{problem}")
+    assert "row 'long'" in refused(capsys, "prompt", tmp_path / "t", data=data(*rows), more=more)
+
+
+def test_an_out_folder_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    refused(capsys, "out", tmp_path / "file" / "t")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_out_folder(tmp_path, capsys):
+    tmp_path.chmod(0o555)
+    refused(capsys, "out", tmp_path / "t")
+
+
+def test_an_out_folder_that_is_taken(tmp_path, capsys):
+    assert rollout(tmp_path / "t") == 0
+    refused(capsys, "out", tmp_path / "t")
+
+
+def test_resume_at_another_temperature(tmp_path, capsys):
+    assert rollout(tmp_path / "t") == 0
+    refused(capsys, "temperature", tmp_path / "t", more=("--limit", "3", "--temperature", "2", "--resume"))
+
+
+def test_resume_onto_a_corrupted_shard(tmp_path, capsys):
+    assert rollout(tmp_path / "t") == 0
+    path = tmp_path / "t" / shard_name(0)
+    path.write_bytes(path.read_bytes()[:-9])
+    assert shard_name(0) in refused(capsys, "table", tmp_path / "t", more=("--limit", "3", "--resume"))
