@@ -9,16 +9,20 @@ No text is ever evaluated as code; how it is read is told by `extract`, `parser`
 it happens.
 """
 
+import time
 from collections.abc import Sequence
 
 from posttrain.errors import UserError
+from posttrain.rewards.answers import algebra
 from posttrain.rewards.answers.canonical import canonical
 from posttrain.rewards.equality import decide
 from posttrain.rewards.extract import extract
-from posttrain.rewards.pool import grade_in_pool, workers_for
+from posttrain.rewards.pool import grade_in_pool, worth_sharing
 from posttrain.rewards.verdict import Grade, Verdict
 
-__all__ = ["Grade", "Verdict", "canonical", "equal", "extract_answer", "grade", "grade_one"]
+__all__ = ["Grade", "Verdict", "canonical", "equal", "extract_answer", "grade"]
+
+BATCH = 64  # answers between two looks at the clock
 
 
 def extract_answer(text: str) -> str | None:
@@ -31,22 +35,36 @@ def equal(*, gold: str, pred: str) -> Verdict:
     return decide(gold, pred).verdict
 
 
-def grade_one(completion: str, gold: str) -> Grade:
-    """The grade of one completion, in this process."""
-    found = extract(completion)
-    verdict: Verdict = "no_answer" if found.answer is None else decide(gold, found.answer).verdict
-    return Grade(verdict, found.answer, found.rule)
-
-
 def grade(*, completions: Sequence[str], golds: Sequence[str]) -> list[Grade]:
-    """One grade per completion, in order; large batches are shared among child processes.
+    """One grade per completion, in order; what would take long is shared among child processes.
 
     Only the completion is searched, never a prompt. Raises UserError where the lengths differ.
     """
     if len(completions) != len(golds):
         raise UserError(f"golds: {len(golds)} for {len(completions)} completions; give one gold per completion")
     pairs = list(zip(completions, golds, strict=True))
-    workers = workers_for(len(pairs))
-    grades = grade_in_pool(pairs, workers) if workers > 1 else [grade_one(*pair) for pair in pairs]
-    # A timeout may be the machine's fault: once more, alone.
-    return [grade_one(*pair) if g.verdict == "timeout" else g for g, pair in zip(grades, pairs, strict=True)]
+    grades: list[Grade] = []
+    start = time.perf_counter()
+    while len(grades) < len(pairs):
+        if workers := worth_sharing(len(grades), time.perf_counter() - start, len(pairs) - len(grades)):
+            return grades + grade_in_pool(pairs[len(grades) :], workers)
+        grades += grade_here(pairs[len(grades) : len(grades) + BATCH])
+    return grades
+
+
+def grade_here(pairs: Sequence[tuple[str, str]]) -> list[Grade]:
+    """One grade per (completion, gold), in this process."""
+    graded = [_grade(completion, gold) for completion, gold in pairs]
+    for i, (grade, step) in enumerate(graded):
+        if step == "algebra" and grade.verdict == "timeout":
+            algebra.warm()  # it may have been late only because SymPy was still being imported: once more
+            graded[i] = _grade(*pairs[i])
+    return [grade for grade, _ in graded]
+
+
+def _grade(completion: str, gold: str) -> tuple[Grade, str]:
+    found = extract(completion)
+    if found.answer is None:
+        return Grade("no_answer", None, found.rule), "empty"
+    decision = decide(gold, found.answer)
+    return Grade(decision.verdict, found.answer, found.rule), decision.step

@@ -13,16 +13,22 @@ from posttrain.rewards.process import Died, TooLate, Worker
 from posttrain.rewards.verdict import Grade
 
 CHUNK = 250  # answers per question
-SECONDS_FOR_CHUNK = 60
+SECONDS_ALONE = 0.5
+SECONDS_WORTH_SHARING = 3.0
+MOST_WORKERS = 16
+SECONDS_FOR_CHUNK = 60  # of CPU time
 SECONDS_FOR_ONE = 5
 MEGABYTES = 2048
 
 Pair = tuple[str, str]  # completion, gold
 
 
-def workers_for(count: int) -> int:
-    """How many child processes that many answers deserve; 0: none, grade here."""
-    return 0 if count < 4_000 else min(_cpus(), 16, count // 1_000)
+def worth_sharing(done: int, seconds: float, left: int) -> int:
+    """How many child processes to share the answers left with, at the pace so far; 0: not worth starting them."""
+    if not done or seconds < SECONDS_ALONE or left * seconds / done < SECONDS_WORTH_SHARING:
+        return 0
+    workers = min(_cpus(), MOST_WORKERS, -(-left // CHUNK))
+    return workers if workers > 1 else 0
 
 
 def _cpus() -> int:
@@ -31,64 +37,91 @@ def _cpus() -> int:
 
 def grade_in_pool(pairs: Sequence[Pair], workers: int) -> list[Grade]:
     """One grade per pair, in order. Every child is gone when this returns or raises."""
-    grades: list[Grade | None] = [None] * len(pairs)
-    chunks: queue.SimpleQueue[range] = queue.SimpleQueue()
-    for start in range(0, len(pairs), CHUNK):
-        chunks.put(range(start, min(start + CHUNK, len(pairs))))
-    failures: list[BaseException] = []
-    threads = [
-        threading.Thread(target=_serve, args=(pairs, chunks, grades, failures), daemon=True) for _ in range(workers)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
-    return [grade for grade in grades if grade is not None]
-
-
-def _serve(
-    pairs: Sequence[Pair], chunks: "queue.SimpleQueue[range]", grades: list[Grade | None], failures: list[BaseException]
-) -> None:
-    child = _Child()
+    work = _Work(pairs)
+    children = [_Child() for _ in range(workers)]
+    threads = [threading.Thread(target=work.serve, args=(child,), daemon=True) for child in children]
     try:
-        while True:
-            try:
-                chunk = chunks.get_nowait()
-            except queue.Empty:
-                return
-            found = child.grade([pairs[i] for i in chunk], SECONDS_FOR_CHUNK)
-            if found is None:
-                found = [
-                    (child.grade([pairs[i]], SECONDS_FOR_ONE) or [Grade("timeout", None, "none")])[0] for i in chunk
-                ]
-            for i, grade in zip(chunk, found, strict=True):
-                grades[i] = grade
-    except BaseException as error:  # a thread must not lose it
-        failures.append(error)
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     finally:
-        child.close()
+        work.drop()
+        for child in children:
+            child.close()
+    if work.failures:
+        raise work.failures[0]
+    return [grade for grade in work.grades if grade is not None]
+
+
+class _Work:
+    """What is to be graded, and the grades so far."""
+
+    def __init__(self, pairs: Sequence[Pair]):
+        self.pairs = pairs
+        self.grades: list[Grade | None] = [None] * len(pairs)
+        self.failures: list[BaseException] = []
+        self.chunks: queue.SimpleQueue[range] = queue.SimpleQueue()
+        for start in range(0, len(pairs), CHUNK):
+            self.chunks.put(range(start, min(start + CHUNK, len(pairs))))
+
+    def serve(self, child: "_Child") -> None:
+        try:
+            while True:
+                self.grade(self.chunks.get_nowait(), child)
+        except (queue.Empty, _Closed):
+            pass
+        except BaseException as error:  # must not be lost with the thread
+            self.failures.append(error)
+
+    def grade(self, chunk: range, child: "_Child") -> None:
+        found = child.grade([self.pairs[i] for i in chunk], SECONDS_FOR_CHUNK)
+        for n, i in enumerate(chunk):
+            if found is None:
+                alone = child.grade([self.pairs[i]], SECONDS_FOR_ONE)
+                self.grades[i] = alone[0] if alone else Grade("timeout", None, "none")
+            else:
+                self.grades[i] = found[n]
+
+    def drop(self) -> None:
+        """Leave the chunks that nobody has begun."""
+        while not self.chunks.empty():
+            self.chunks.get_nowait()
+
+
+class _Closed(Exception):
+    """The child was ended for good."""
 
 
 class _Child:
-    """A worker that is started again after it had to be killed."""
+    """A worker that is started again after it had to be killed, until it is closed."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._worker: Worker | None = None
+        self._closed = False
 
     def grade(self, pairs: list[Pair], seconds: int) -> list[Grade] | None:
         """Grades, or None where the worker died, failed or was late."""
-        if self._worker is None:
-            self._worker = Worker("grade", seconds=seconds, megabytes=MEGABYTES)
+        with self._lock:
+            if self._closed:
+                raise _Closed
+            if self._worker is None:
+                self._worker = Worker("grade", seconds=SECONDS_FOR_CHUNK, megabytes=MEGABYTES)
+            worker = self._worker
         try:
-            answer = self._worker.ask([list(pair) for pair in pairs], 2 * seconds)
+            answer = worker.ask([list(pair) for pair in pairs], 2 * seconds)
         except (Died, TooLate):
-            self.close()
+            self._end()
             return None
         return None if isinstance(answer, str) else [Grade(*fields) for fields in answer]
 
     def close(self) -> None:
-        if self._worker is not None:
-            self._worker.close()
-            self._worker = None
+        self._closed = True
+        self._end()
+
+    def _end(self) -> None:
+        with self._lock:
+            worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.close()

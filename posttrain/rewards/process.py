@@ -31,12 +31,13 @@ class Worker:
 
     def __init__(self, task: str, seconds: int, megabytes: int):
         package = str(Path(posttrain.__file__).parents[1])
+        path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
         self._child = subprocess.Popen(
             [sys.executable, "-P", "-m", "posttrain.rewards.worker", task, str(seconds), str(megabytes)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
             close_fds=True,
         )
         self._received = b""

@@ -39,6 +39,7 @@ _IS_THE_ANSWER = re.compile(
     r"(?is)(\$[^$\n]{1,200}\$|\\\([^\n]{1,200}?\\\)|\*\*[^*\n]{1,100}\*\*|(?<![\w.,$])[-+]?\d[\d,./]*%?|\([A-J]\))\s+"
     r"(?:is|are)\s+(?:the|our|my)\s+(?:final\s+|correct\s+|only\s+)?(?:answer|solution)\Z"
 )
+_POSSESSED = re.compile(r"(?i)\s(?:the|our|my)\s")
 _FILLER = re.compile(
     r"(?i)(?:[\s*_:`}\"]+|(?:therefore|thus|then|hence|simply|just|exactly|precisely|indeed|clearly|obviously|definitely|certainly|surely|"
     r"for sure|given by|equal to|option|choice|as follows|that)(?![a-z])[\s,*_:]*)+"
@@ -62,30 +63,33 @@ def last_statement(text: str) -> str | None:
     if len(lowered) != len(text):  # a few letters change length; then positions would not agree
         lowered = text
     for signals in (_SIGNALS, _WEAKER_SIGNALS):
-        ends = sorted((at + len(signal) for signal in signals for at in _positions(signal, lowered)), reverse=True)
-        if found := next(filter(None, (_stated_at(text, end) for end in ends)), None):
-            return found
+        found = sorted(
+            ((at, at + len(signal)) for signal in signals for at in _positions(signal, lowered)), reverse=True
+        )
+        if stated := next(filter(None, (_stated_at(text, start, end) for start, end in found)), None):
+            return stated
     return None
 
 
 def _positions(word: str, text: str) -> Iterator[int]:
+    """Where a word begins in a text; an ASCII word not inside another one."""
     at = text.find(word)
     while at >= 0:
-        yield at
+        if at == 0 or not word.isascii() or not text[at - 1].isalnum():
+            yield at
         at = text.find(word, at + len(word))
 
 
-def _stated_at(text: str, end: int) -> str | None:
-    """What is stated around a signal word that ends at `end`: after it, below it, or before it."""
-    before = text[max(0, end - 300) : end]
+def _stated_at(text: str, start: int, end: int) -> str | None:
+    """What is stated around a signal word: after it, below it, or before it."""
     if stated := _STATED.match(text, end):
         return _statement(text[stated.end() : stated.end() + LONGEST])
     below = _BELOW_HEADING.match(text, end)
-    if below and _BEFORE_HEADING.search(before):
+    if below and _BEFORE_HEADING.search(text[max(0, start - 60) : end]):
         return _statement(text[below.end() : below.end() + LONGEST])
-    if "is" in before[-30:] or "are" in before[-30:]:
-        reverse = _IS_THE_ANSWER.search(before)
-        return trim(reverse.group(1)) if reverse else None
+    if _POSSESSED.search(text, max(0, start - 20), start):
+        before = _IS_THE_ANSWER.search(text[max(0, start - 300) : end])
+        return trim(before.group(1)) if before else None
     return None
 
 

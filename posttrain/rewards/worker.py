@@ -28,11 +28,10 @@ def allow(seconds: int) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (until if hard == resource.RLIM_INFINITY else min(until, hard), hard))
 
 
-def grade_chunk(pairs: list[list[str]]) -> list[list[str | None]]:
-    from posttrain.rewards.math import grade_one
+def grade_chunk(pairs: list[tuple[str, str]]) -> list[list[str | None]]:
+    from posttrain.rewards.math import grade_here
 
-    grades = [grade_one(completion, gold) for completion, gold in pairs]
-    return [[g.verdict, g.answer, g.rule] for g in grades]
+    return [[g.verdict, g.answer, g.rule] for g in grade_here(pairs)]
 
 
 def compare(trees: list[Any]) -> str:

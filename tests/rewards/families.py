@@ -6,12 +6,12 @@ tuples and intervals ordered. A hedge, a dump of options, an instruction or code
 
 EQUAL: dict[str, list[tuple[str, str]]] = {
     "integers": [
-        ("205", "two hundred and five"), ("1000000", "one million"), ("-3", "minus three"), ("1200", "twelve hundred") if False else ("12000", "twelve thousand"),
+        ("205", "two hundred and five"), ("1000000", "one million"), ("-3", "minus three"), ("12000", "twelve thousand"),
         ("42", "42"), ("42", "42.0"), ("42", "042"), ("-7", "−7"), ("42", "$42$"), ("42", r"\(42\)"), ("42", r"\[42\]"), ("42", "$$42$$"),
         ("42", "+42"), ("42", "42."), ("42", r"\text{42}"), ("42", r"\mathbf{42}"), ("42", r"\boxed{42}"), ("0", "-0"), ("42", "{42}"),
         ("42", "(42)"), ("42", "= 42"), ("42", r"42\\"), ("42", "forty-two"), ("7", "seven"), ("3", r"\text{three}"), ("42", "6 * 7"),
         ("42", r"2 \cdot 3 \cdot 7"), ("120", "5!"), ("1024", "2^{10}"), ("1024", "2^10"), ("10", r"\binom{5}{2}"), ("10", "{5 \\choose 2}"),
-        ("3", r"\sqrt{9}"), ("3", r"\lfloor \pi \rfloor"), ("6", r"\gcd(12, 18)"), ("5", "|-5|"), ("5", r"\left|-5\right|"), ("4", "٤" if False else "4"),
+        ("3", r"\sqrt{9}"), ("3", r"\lfloor \pi \rfloor"), ("6", r"\gcd(12, 18)"), ("5", "|-5|"), ("5", r"\left|-5\right|"), ("4", "4"),
     ],
     "fractions": [
         ("1/2", "one half"), ("3/4", "three quarters"), ("2/3", r"\text{two-thirds}"), ("1/2", "half"),

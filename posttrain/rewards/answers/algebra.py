@@ -11,7 +11,7 @@ import threading
 from fractions import Fraction
 from typing import Any
 
-from posttrain.rewards.answers.tree import Apply, Node, Num, Sym, walk
+from posttrain.rewards.answers.tree import ONE, Apply, Node, Num, Sym, walk
 from posttrain.rewards.process import Died, TooLate, Worker
 from posttrain.rewards.verdict import Verdict
 
@@ -23,6 +23,7 @@ MOST_NODES = 120
 LARGEST_NUMBER = 10**6
 LARGEST_EXPONENT = 60
 LARGEST_FACTORIAL = 100
+SECONDS_TO_START = 30.0
 SECONDS = 0.8  # of wall clock; with what was spent before it, below one second in all
 
 _lock = threading.Lock()
@@ -36,20 +37,34 @@ def settle(gold: Node, pred: Node) -> Verdict | None:
         return None
     if not (harmless(gold) and harmless(pred)):
         return None
+    answer = _ask([to_data(gold), to_data(pred)], SECONDS)
+    verdicts: dict[str, Verdict | None] = {
+        "equal": "equal",
+        "different": "different",
+        "timeout": "timeout",
+        "unknown": None,
+    }
+    return verdicts.get(answer, "error")
+
+
+def warm() -> None:
+    """Wait until the process has imported SymPy."""
+    _ask([to_data(ONE), to_data(ONE)], SECONDS_TO_START)
+
+
+def _ask(question: Any, seconds: float) -> str:
     global _worker, _owner
     with _lock:
         if _worker is None or _owner != os.getpid():
             _worker, _owner = Worker("algebra", seconds=2, megabytes=1024), os.getpid()
         try:
-            answer = _worker.ask([to_data(gold), to_data(pred)], SECONDS)
+            return str(_worker.ask(question, seconds))
         except TooLate:
-            if _worker.ready:  # not merely still importing
+            if _worker.ready:  # it is at work, not starting
                 _stop()
-            return "timeout"
         except Died:
             _stop()
-            return "timeout"
-    return {"equal": "equal", "different": "different"}.get(answer, "error")  # type: ignore[return-value]
+    return "timeout"
 
 
 def _stop() -> None:

@@ -2,7 +2,7 @@
 
 import threading
 
-UNITS = 200_000  # about two microseconds each
+UNITS = 150_000  # one to two microseconds each
 
 
 class Exhausted(Exception):

@@ -67,7 +67,7 @@ class Evaluation:
     def value(self, node: Node) -> Value:
         """The value of a tree; raises one of NO_VALUE."""
         arithmetic = not isinstance(node, Apply) or node.op in ("add", "mul")
-        spend(1 + self.cost // 50 if arithmetic else self.cost)
+        spend(4 + self.cost // 50 if arithmetic else self.cost)
         outer, self.peak = self.peak, 0
         result = self.raw(node)
         if not self.mp.isfinite(result):

@@ -1,0 +1,209 @@
+"""measure a model on math benchmarks, with intervals; re-grade, report, compare
+
+    posttrain eval BENCH... --model M --out DIR    sample, grade and report: presets, .yaml files like them, .jsonl files
+    posttrain eval report DIR [--compare DIR2]     the report again; DIR2 is the baseline of a paired comparison
+    posttrain eval grade DIR                       grade what is sampled again, and report; nothing is sampled
+    posttrain eval export DIR --to FOLDER          the samples as lm-eval's log
+    posttrain eval overlap --train F --eval F      which evaluation problems stand in the training data too
+    posttrain eval list                            the presets
+
+Interrupted, the same command with --resume continues where it stopped; the report is the same, byte for byte.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from posttrain.errors import UserError
+
+NOT_GIVEN = argparse.SUPPRESS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "words", nargs="*", metavar="BENCH|VERB", help="what to measure, or one of the verbs above with its folder"
+    )
+    group = parser.add_argument_group("measuring (defaults: the benchmark's own)", argument_default=NOT_GIVEN)
+    group.add_argument("--model", help="tiny, a folder, a .gguf file or a hub id")
+    group.add_argument("--out", type=Path, help="folder of the evaluation; new or empty, unless --resume")
+    group.add_argument("--n", type=int, help="samples per problem")
+    group.add_argument(
+        "--k", type=int, nargs="+", help="sizes of pass@k and maj@k in the tables; default: powers of two up to n"
+    )
+    group.add_argument("--temperature", type=float, help="0 is greedy")
+    group.add_argument("--top-p", type=float, help="1 is off")
+    group.add_argument("--top-k", type=int, help="0 is off")
+    group.add_argument("--max-tokens", type=int, help="per completion")
+    group.add_argument(
+        "--limit", type=int, help="only so many problems: a pseudo-random subset, the same for everybody"
+    )
+    group.add_argument("--any-data", action="store_true", help="measure on data that is not what the preset pins")
+    group.add_argument("--seed", type=int, help="of the completions; default 0")
+    group.add_argument(
+        "--resume", action="store_true", help="continue an interrupted evaluation, or add benchmarks to one"
+    )
+    group.add_argument(
+        "--until", choices=("render", "generate", "grade", "report"), help="stop after this stage; default: report"
+    )
+    group.add_argument("--dtype", help="float32 or bfloat16; default: bfloat16 on a GPU, else float32")
+    group.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU where there is one")
+    group.add_argument("--slots", type=int, help="completions sampled at the same time; default 64")
+    group.add_argument(
+        "--shard-prompts",
+        type=int,
+        help="problems per shard, the unit that --resume redoes; default: 256 completions' worth",
+    )
+    group.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
+    group = parser.add_argument_group("report, export, overlap", argument_default=NOT_GIVEN)
+    group.add_argument("--compare", type=Path, metavar="DIR2", help="report: the evaluation to compare with")
+    group.add_argument("--to", type=Path, metavar="FOLDER", help="export: where the log goes")
+    group.add_argument("--train", help="overlap: a .jsonl or .parquet file, or a data set as NAME/SPLIT")
+    group.add_argument("--eval", help="overlap: likewise")
+
+
+def run(args: argparse.Namespace) -> None:
+    words, given = list(args.words), {name: value for name, value in vars(args).items() if name != "words"}
+    if not words:
+        raise UserError(
+            "benchmark: name at least one, as in posttrain eval gsm8k --model M --out DIR; posttrain eval list shows them"
+        )
+    verb = words[0] if words[0] in VERBS else "BENCH"
+    command, allowed, required = VERBS[verb]
+    for name in given:
+        if name not in allowed | required:
+            raise UserError(f"{_option(name)}: not an option of posttrain eval {verb}")
+    for name in sorted(required - set(given)):
+        raise UserError(f"{_option(name)}: missing; see posttrain eval --help")
+    command(words if verb == "BENCH" else words[1:], given)
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _measure(words: list[str], given: dict[str, Any]) -> None:
+    import torch
+
+    from posttrain.evaluation.benchmarks import load_all
+    from posttrain.evaluation.harness import Model, evaluate
+    from posttrain.models.load import load_model
+    from posttrain.rollouts.transformers import TransformersEngine
+
+    if given.get("threads", 1) < 1:
+        raise UserError(f"threads: must be at least 1, got {given['threads']}")
+    overrides = {name: given.get(name) for name in ("n", "temperature", "top_p", "top_k", "max_tokens")}
+    tasks = load_all(
+        words,
+        {**overrides, "k": tuple(given["k"]) if "k" in given else None},
+        given.get("limit"),
+        given.get("any_data", False),
+    )
+    if "threads" in given:
+        torch.set_num_threads(given["threads"])
+    policy = load_model(given["model"], given.get("device"), given.get("dtype"))
+    slots = given.get("slots", 64)
+    engine = TransformersEngine(policy.model, policy.tokenizer, fingerprint=policy.fingerprint, slots=slots)
+    settings = {
+        "engine": "transformers",
+        "slots": slots,
+        "dtype": str(policy.model.dtype).removeprefix("torch."),
+        "device": policy.model.device.type,
+        "threads": torch.get_num_threads(),
+    }
+    evaluate(
+        tasks,
+        Model(policy.name, engine, policy.tokenizer, settings),
+        given["out"],
+        seed=given.get("seed", 0),
+        resume=given.get("resume", False),
+        until=given.get("until", "report"),
+        shard_prompts=given.get("shard_prompts"),
+    )
+    if given.get("until", "report") == "report":
+        _show(given["out"])
+
+
+def _report(words: list[str], given: dict[str, Any]) -> None:
+    from posttrain.evaluation.harness_report import write_reports
+
+    out = _folder(words)
+    write_reports(out, given.get("compare"))
+    _show(out)
+
+
+def _grade(words: list[str], given: dict[str, Any]) -> None:
+    from posttrain.evaluation.harness import regrade
+    from posttrain.evaluation.harness_report import write_reports
+
+    out = _folder(words)
+    regrade(out, again=True)
+    write_reports(out)
+    _show(out)
+
+
+def _export(words: list[str], given: dict[str, Any]) -> None:
+    from posttrain.evaluation.lm_eval_export import export
+
+    for path in export(_folder(words), given["to"]):
+        print(path)
+
+
+def _overlap(words: list[str], given: dict[str, Any]) -> None:
+    from posttrain.cli.tables import print_table
+    from posttrain.evaluation.overlap import find_overlap, load_texts
+
+    found = find_overlap(load_texts(given["train"], "train"), load_texts(given["eval"], "eval"))
+    print_table(("overlap", "problems"), [(name, str(count)) for name, count in found.counts().items()])
+    print_table(
+        ("problem", "13-grams shared", "exact", "shares most with"),
+        [(hit.id, f"{100 * hit.share:.0f} %", "yes" if hit.exact else "no", hit.twin) for hit in found.hits],
+    )
+
+
+def _list(words: list[str], given: dict[str, Any]) -> None:
+    from posttrain.cli.tables import print_table
+    from posttrain.evaluation.benchmarks import find, preset_names
+
+    rows = []
+    for name in preset_names():
+        preset = find(name)
+        rows.append((name, preset.title, str(preset.n), f"{preset.temperature:g}", str(preset.max_tokens)))
+    print_table(("benchmark", "what", "n", "temperature", "max tokens"), rows)
+
+
+def _folder(words: list[str]) -> Path:
+    if len(words) != 1:
+        raise UserError(f"dir: give the folder of one evaluation, got {len(words)}")
+    return Path(words[0])
+
+
+def _show(out: Path) -> None:
+    import json
+
+    from posttrain.cli.tables import print_table
+    from posttrain.evaluation.harness_report import COMPARED, OVERVIEW, compared, macro_line, overview
+
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    print_table(OVERVIEW, overview(report))
+    if "macro mean" in report:
+        print(macro_line(report))
+    if "comparison" in report:
+        print_table(COMPARED, compared(report["comparison"]))
+    for name, summary in report["benchmarks"].items():
+        for warning in summary["warnings"]:
+            print(f"{name}: {warning}")
+    print(f"report: {out / 'report.html'} (also .md, .json)")
+
+
+MEASURING = frozenset(
+    "n k temperature top_p top_k max_tokens limit any_data seed resume until dtype device slots shard_prompts threads".split()
+)
+NOTHING: frozenset[str] = frozenset()
+VERBS = {  # verb -> function, options that it may have, options that it must have
+    "BENCH": (_measure, MEASURING, frozenset({"model", "out"})),
+    "report": (_report, frozenset({"compare"}), NOTHING),
+    "grade": (_grade, NOTHING, NOTHING),
+    "export": (_export, NOTHING, frozenset({"to"})),
+    "overlap": (_overlap, NOTHING, frozenset({"train", "eval"})),
+    "list": (_list, NOTHING, NOTHING),
+}

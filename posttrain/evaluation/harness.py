@@ -1,0 +1,134 @@
+"""An evaluation, stage by stage: render, generate, grade, report. Every stage is kept, and can be run again alone.
+
+A completion is a function of its key: `rollouts/manifest.json` holds all that can change it (weights, tokenizer and template
+by fingerprint, prompt ids, sampling, seed, engine, dtype, versions), and nothing goes on under another key.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from posttrain.data.prompts import messages_for, render, render_text
+from posttrain.errors import UserError
+from posttrain.evaluation.benchmarks import Benchmark, Problems
+from posttrain.evaluation.grades import grade_benchmark
+from posttrain.evaluation.harness_report import write_reports
+from posttrain.evaluation.run_folder import benchmark_of, read_run, remove_scratch, timed, write_prompts, write_run
+from posttrain.provenance import write_json
+from posttrain.rollouts.collect import Prompt, collect, reserved
+from posttrain.rollouts.engine import Engine, Request, check_request, first_stop
+
+Stage = Literal["render", "generate", "grade", "report"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+
+
+@dataclass(frozen=True)
+class Model:
+    """Who is measured: an engine with its tokenizer. `settings`: what else decides its completions (dtype, device, ...)."""
+
+    name: str
+    engine: Engine
+    tokenizer: Any
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def evaluate(
+    tasks: Sequence[Problems],
+    model: Model,
+    out: Path,
+    *,
+    seed: int = 0,
+    resume: bool = False,
+    until: Stage = "report",
+    shard_prompts: int | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Runs the stages up to `until`, or with `resume` what is left of them.
+
+    Errors, all before any generation: UserError naming `out`, `prompt`, `max_tokens` or, on resume, what is not as it was.
+    """
+    prompts = [render_prompts(task, model) for task in tasks]
+    with reserved(out):
+        if any(out.iterdir()) and not resume:
+            raise UserError(
+                f"out: {out} is not empty; --resume continues an interrupted evaluation, or give another folder"
+            )
+        remove_scratch(out)
+        engine = model.engine
+        write_run(
+            out,
+            tasks,
+            model=model.name,
+            fingerprint=engine.fingerprint,
+            context=engine.context,
+            seed=seed,
+            settings=model.settings,
+        )
+        for task, rendered in zip(tasks, prompts, strict=True):
+            name, first = task.benchmark.name, rendered[0]
+            write_prompts(out / name, task, rendered, model.tokenizer)
+            say(
+                f"{name}: {len(rendered)} problems, n = {task.benchmark.n}; the prompt of {first.id} ({len(first.ids)} tokens):"
+            )
+            say(model.tokenizer.decode(first.ids, skip_special_tokens=False))
+        if until == "render":
+            return
+        for task, rendered in zip(tasks, prompts, strict=True):
+            with timed(out, task.benchmark.name, "generate"):
+                generate(out / task.benchmark.name, task.benchmark, rendered, model, seed, shard_prompts)
+        if until != "generate":
+            regrade(out, [task.benchmark.name for task in tasks], say=say)
+        if until == "report":
+            write_reports(out, say=say)
+
+
+def render_prompts(task: Problems, model: Model) -> list[Prompt]:
+    """Errors: UserError naming `model` (no chat template), or `prompt` or `max_tokens`, which exceed the context."""
+    benchmark, prompts = task.benchmark, []
+    for row in task.rows:
+        messages = messages_for(row, benchmark.prompt, exemplars=task.exemplars, system=benchmark.system)
+        ids = tuple((render if benchmark.chat else render_text)(model.tokenizer, messages))
+        request = Request(0, ids, benchmark.sampling(0))
+        check_request(request, model.engine.context, f"{benchmark.name} row {row['id']!r}")
+        prompts.append(Prompt(row["id"], messages, ids, row["answer"]))
+    return prompts
+
+
+def generate(
+    folder: Path,
+    benchmark: Benchmark,
+    prompts: Sequence[Prompt],
+    model: Model,
+    seed: int,
+    shard_prompts: int | None = None,
+) -> None:
+    """The rollout table, and which stop text ended each completion."""
+    table = collect(
+        model.engine,
+        model.tokenizer,
+        prompts,
+        samples=benchmark.n,
+        sampling=benchmark.sampling(seed),
+        out=folder / "rollouts",
+        policy=model.name,
+        settings=model.settings,
+        shard_prompts=shard_prompts,
+        resume=True,
+    )
+    if benchmark.stop:
+        ended = zip(table.column("completion_ids"), table.column("finish_reason"), strict=True)
+        texts = [
+            model.tokenizer.decode(ids, skip_special_tokens=True) if reason == "stop" else "" for ids, reason in ended
+        ]
+        write_json(folder / "stops.json", [first_stop(text, benchmark.stop) for text in texts])
+
+
+def regrade(
+    out: Path, names: Sequence[str] | None = None, *, again: bool = False, say: Callable[[str], None] = print
+) -> None:
+    """Grades what is generated; no model is needed. Errors: UserError naming `dir` or `table`."""
+    run = read_run(out)
+    for name in names or run["benchmarks"]:
+        with timed(out, name, "grade"):
+            grade_benchmark(out / name, benchmark_of(run, name), again=again, say=say)
