@@ -125,8 +125,12 @@ def _dequantised(gguf: Path) -> Path:
     except Exception as error:  # a damaged file breaks the reader in whatever place the damage is
         raise UserError(f"model: {gguf} is not a readable GGUF file: {_first_line(error)}") from None
     # A model read from GGUF refuses to be saved while it remembers its quantisation: move the weights into a plain one.
+    if hasattr(packed.config, "quantization_config"):
+        del packed.config.quantization_config
     plain = AutoModelForCausalLM.from_config(packed.config)
     plain.load_state_dict(packed.state_dict())
+    if isinstance(packed.config.eos_token_id, int):  # the file's own tokenizer may name another end of text than its model
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(packed.config.eos_token_id)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
