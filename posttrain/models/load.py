@@ -129,7 +129,9 @@ def _dequantised(gguf: Path) -> Path:
         del packed.config.quantization_config
     plain = AutoModelForCausalLM.from_config(packed.config)
     plain.load_state_dict(packed.state_dict())
-    if isinstance(packed.config.eos_token_id, int):  # the file's own tokenizer may name another end of text than its model
+    if isinstance(
+        packed.config.eos_token_id, int
+    ):  # the file's own tokenizer may name another end of text than its model
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(packed.config.eos_token_id)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
