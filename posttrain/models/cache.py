@@ -12,6 +12,7 @@ attends to itself alone; while tokens are decoded, the caller passes the mask of
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,9 +38,11 @@ class SlotCache(Cache):
         self.values: list[Tensor] = []
         self._first = 0
         self._copies: Tensor | None = None
+        self._range: Tensor | None = None
         self._rows: Tensor | None = None
-        self._positions: Tensor | None = None
+        self._places: Tensor | None = None
         self._longest = 0
+        self._active = 0
 
     def fill(self, first: int, width: int, copies: Tensor | None = None) -> None:
         """The next forward's batch of right-padded prompts, `width` tokens wide, goes to the slots from `first` on.
@@ -55,9 +58,25 @@ class SlotCache(Cache):
         positions: int64 [rows]; longest: how many positions attention reads, above all of `positions`.
         """
         self._grow(longest)
-        self._positions, self._longest = positions, longest
-        if self._rows is None or len(self._rows) != len(positions):
-            self._rows = torch.arange(len(positions), device=positions.device)
+        self._places, self._longest, self._active = positions, longest, len(positions)
+        if self._range is None or len(self._range) != len(positions):
+            self._range = torch.arange(len(positions), device=positions.device)
+        self._rows = self._range
+
+    def tree(self, rows: Tensor, places: Tensor, longest: int) -> None:
+        """The next forward's batch is one flat row of tokens, written at the given places of the given slots.
+
+        rows, places: int64 [tokens]. A place need not be a token's position: alternatives for the same position lie
+        beside each other, and `keep` puts the one that was chosen where it belongs.
+        """
+        self._grow(longest)
+        self._rows, self._places, self._longest = rows, places, longest
+        self._active = int(rows.max()) + 1
+
+    def keep(self, rows: Tensor, sources: Tensor, targets: Tensor) -> None:
+        """Copies one place of each of the slots `rows` to another place of the same slot."""
+        for kept in (*self.keys, *self.values):
+            kept[rows, :, targets] = kept[rows, :, sources]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -71,10 +90,10 @@ class SlotCache(Cache):
             )
         keys, values = self.keys[layer_idx], self.values[layer_idx]
         if self._rows is not None:
-            rows = len(self._rows)
-            keys[self._rows, :, self._positions] = key_states[:, :, 0]
-            values[self._rows, :, self._positions] = value_states[:, :, 0]
-            return keys[:rows, :, : self._longest], values[:rows, :, : self._longest]
+            # [rows, kv_heads, 1, d] of a step, or [1, kv_heads, tokens, d] of a tree: [tokens, kv_heads, d] either way
+            keys[self._rows, :, self._places] = key_states.transpose(1, 2).flatten(0, 1)
+            values[self._rows, :, self._places] = value_states.transpose(1, 2).flatten(0, 1)
+            return keys[: self._active, :, : self._longest], values[: self._active, :, : self._longest]
         for kept, new in ((keys, key_states), (values, value_states)):
             new = new if self._copies is None else new[self._copies]
             kept[self._first : self._first + len(new), :, : new.shape[2]] = new
@@ -130,15 +149,28 @@ class DecodeMasks:
 
     def __call__(self, positions: Tensor, length: int) -> Tensor | dict[str, Tensor]:
         """Additive masks [rows, 1, 1, length], one or one per kind of layer, as transformers takes them."""
-        distance = positions.unsqueeze(1) - torch.arange(length, device=positions.device)
         masks = {}
         for kind in self.kinds:
-            seen = distance >= 0
-            if kind == "sliding_attention" and self.window:
-                seen &= distance < self.window
+            seen = self._seen(kind, positions, positions, length)
             mask = torch.zeros(seen.shape, dtype=self.dtype, device=seen.device).masked_fill_(~seen, self.hidden)
             masks[kind] = mask[:, None, None]
         return masks if len(masks) > 1 else masks.popitem()[1]
+
+    def tree(self, positions: Tensor, ends: Tensor, places: Tensor, length: int) -> Tensor | dict[str, Tensor]:
+        """Of the tokens of a tree, bool [1, 1, tokens, length]: the places up to `ends`, where places are positions, and a
+        token's own place. positions, ends, places: int64 [tokens]."""
+        masks = {}
+        for kind in self.kinds:
+            seen = self._seen(kind, positions, ends, length).scatter_(1, places.unsqueeze(1), True)
+            masks[kind] = seen[None, None]
+        return masks if len(masks) > 1 else masks.popitem()[1]
+
+    def _seen(self, kind: str, positions: Tensor, ends: Tensor, length: int) -> Tensor:
+        places = torch.arange(length, device=positions.device)
+        seen = places <= ends.unsqueeze(1)
+        if kind == "sliding_attention" and self.window:
+            seen &= positions.unsqueeze(1) - places < self.window
+        return seen
 
 
 def _decode_attention(
@@ -160,6 +192,53 @@ def _decode_attention(
 AttentionInterface.register("posttrain_decode", _decode_attention)
 
 
+@dataclass(frozen=True)
+class Tree:
+    """Whose the tokens of one flat row are: int64 [tokens] each, the slot, and the token's number among those of its slot."""
+
+    rows: Tensor
+    index: Tensor
+
+
+def _tree_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float | None = None,
+    *,
+    tree: Tree,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """[1, heads, tokens, d] against the slots [rows, kv_heads, longest, d]; attention_mask: bool [1, 1, tokens, longest].
+
+    Only here are the tokens padded to the slot that has most of them; every other layer sees them as they are. Query
+    heads that share a key-value head stand beside the queries, as in `_decode_attention`.
+    """
+    heads, tokens, dim = query.shape[1:]
+    slots, kv_heads = key.shape[:2]
+    width, groups = int(tree.index.max()) + 1, heads // kv_heads
+    grouped = query[0].view(kv_heads, groups, tokens, dim).permute(2, 0, 1, 3)  # [tokens, kv_heads, groups, d]
+    padded = query.new_zeros(slots, width, kv_heads, groups, dim)
+    padded[tree.rows, tree.index] = grouped
+    mask = torch.zeros(slots, width, key.shape[2], dtype=torch.bool, device=key.device)
+    mask[..., 0] = True  # a softmax over nothing is NaN
+    mask[tree.rows, tree.index] = attention_mask[0, 0]
+    output = nn.functional.scaled_dot_product_attention(
+        padded.permute(0, 2, 1, 3, 4).reshape(slots, kv_heads, width * groups, dim),
+        key,
+        value,
+        attn_mask=mask[:, None, :, None].expand(-1, 1, -1, groups, -1).flatten(2, 3),
+        scale=scaling,
+    )
+    output = output.view(slots, kv_heads, width, groups, dim)[tree.rows, :, tree.index]
+    return output.reshape(1, tokens, heads, dim), None
+
+
+AttentionInterface.register("posttrain_tree", _tree_attention)
+
+
 @contextmanager
 def decode_attention(model: Any) -> Iterator[None]:
     """Within, one-token forwards of `model` read grouped key-value heads in place.
@@ -167,12 +246,25 @@ def decode_attention(model: Any) -> Iterator[None]:
     transformers repeats them for every query head once a mask is given: measured, 20 times the cost of attention
     itself. A model on `eager` attention keeps it: it may have what no fused kernel knows (soft caps, sinks).
     """
-    config = model.config.get_text_config()
-    usual = config._attn_implementation
-    if usual == "eager":
+    if model.config.get_text_config()._attn_implementation == "eager":
         yield
         return
-    config._attn_implementation = "posttrain_decode"
+    with _attention(model, "posttrain_decode"):
+        yield
+
+
+@contextmanager
+def tree_attention(model: Any) -> Iterator[None]:
+    """Within, forwards of `model` are over one flat row of tokens and take the argument `tree`."""
+    with _attention(model, "posttrain_tree"):
+        yield
+
+
+@contextmanager
+def _attention(model: Any, name: str) -> Iterator[None]:
+    config = model.config.get_text_config()
+    usual = config._attn_implementation
+    config._attn_implementation = name
     try:
         yield
     finally:

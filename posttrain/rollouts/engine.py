@@ -49,11 +49,20 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """One completion to sample. `id` is the caller's own name for it, unique within one call of `generate`."""
+    """One completion to sample. `id` is the caller's own name for it, unique within one call of `generate`.
+
+    beta: the KL coefficient of the engine's guide for this request, in units of the reward; None: no guidance.
+    Errors: UserError for a beta that is not positive.
+    """
 
     id: int
     prompt_ids: tuple[int, ...]
     sampling: Sampling
+    beta: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.beta is not None and not self.beta > 0:
+            raise UserError(f"beta: must be positive (infinite: no tilt), got {self.beta}")
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,10 @@ class Completion:
     `ids` include the stop token when `finish_reason` is "stop". `logprobs` are those of `ids`, in nats, under the law
     that was really sampled from; of a greedy request, under the model's own law at temperature 1 (the law of argmax is
     a point mass, whose log-probability 0 tells nobody anything).
+
+    Of a guided request, in nats: `kl`, the sum over tokens of KL(guided law || softmax(logits / temperature)), exact, before
+    top-k and top-p; `log_ratio`, the sum of the sampled tokens' log-ratios of the law that was really sampled from to
+    softmax(logits / temperature). Without guidance both are 0.
     """
 
     request_id: int
@@ -70,6 +83,8 @@ class Completion:
     logprobs: tuple[float, ...]
     finish_reason: FinishReason
     stop: str | None = None  # the text of `Sampling.stop` that ended it; `ids` go on to the token that completed it
+    kl: float = 0.0
+    log_ratio: float = 0.0
 
 
 def first_stop(text: str, stop: Sequence[str]) -> str | None:

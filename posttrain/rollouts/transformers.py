@@ -9,7 +9,7 @@ that keeps a cache of its own.
 import math
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class TransformersEngine:
     abandoning the iterator, or an exception in the middle, leaves the engine usable.
 
     tokenizer: its end-of-text id is a stop id, beside those of the model's generation config; eos_ids: these and no
-    others.
+    others. guide: what requests with a `beta` are guided by; others stand beside them as they are.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class TransformersEngine:
         fingerprint: str,
         slots: int = 64,
         eos_ids: Collection[int] | None = None,
+        guide: "Guide | None" = None,
     ) -> None:
         if slots < 1:
             raise UserError(f"slots: must be at least 1, got {slots}")
@@ -55,6 +56,7 @@ class TransformersEngine:
         self.tokenizer = tokenizer
         self.fingerprint = fingerprint
         self.slots = slots
+        self.guide = guide
         self.context: int = config.max_position_embeddings
         self.vocab: int = config.vocab_size
         self.eos_ids = end_ids(model, tokenizer) if eos_ids is None else frozenset(eos_ids)
@@ -66,6 +68,8 @@ class TransformersEngine:
             check_request(request, self.context)
             if request.sampling.stop and self.tokenizer is None:
                 raise UserError("stop: stop texts need an engine that has a tokenizer")
+            if request.beta is not None and self.guide is None:
+                raise UserError("beta: this engine has no guide; give it a value model, or leave beta out")
             if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < self.vocab:
                 raise UserError(
                     f"prompt: request {request.id} has token ids outside the model's vocabulary of {self.vocab}"
@@ -75,21 +79,35 @@ class TransformersEngine:
     def _run(self, waiting: deque[Request]) -> Iterator[Completion]:
         training = self.model.training
         self.model.eval()
+        batch = Batch(self)
         try:
-            batch = Batch(self)
             while waiting or batch.rows:
                 free = self.slots - len(batch.rows)
                 if waiting and (not batch.rows or free * ADMIT_SHARE >= self.slots):
                     batch.add([waiting.popleft() for _ in range(min(free, len(waiting)))])
                 yield from batch.step()
         finally:
+            batch.close()
             self.model.train(training)
+
+
+class Guide(Protocol):
+    """Turns a step's scores into guided ones (`posttrain.decoding.guide`); its sessions follow the batch, slot by slot.
+
+    reads_policy: whether it needs the policy's last hidden states; name: what rows are labelled with.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    reads_policy: bool
+
+    def session(self, slots: int, context: int) -> Any: ...
 
 
 class Row:
     """A request in a slot."""
 
-    __slots__ = ("ids", "limit", "logprobs", "request", "stop", "stops")
+    __slots__ = ("ids", "kl", "limit", "log_ratio", "logprobs", "request", "stop", "stops")
 
     def __init__(self, request: Request, eos_ids: frozenset[int]) -> None:
         self.request = request
@@ -97,6 +115,7 @@ class Row:
         self.limit = request.sampling.max_tokens
         self.ids: list[int] = []
         self.logprobs: list[float] = []
+        self.kl = self.log_ratio = 0.0
         self.stop: str | None = None
 
     @property
@@ -133,6 +152,20 @@ class Batch:
         self.starts: Tensor  # int64 [rows]: the position from which a row's first completion token is sampled
         self.seeds: Tensor
         self.law: Law
+        self.guide = engine.guide.session(engine.slots, engine.context) if engine.guide else None
+        self._states: Tensor | None = (
+            None  # [rows, d]: what goes into the language-model head, where the guide reads it
+        )
+        self._hook = None
+        if engine.guide and engine.guide.reads_policy:
+            self._hook = self.model.get_output_embeddings().register_forward_pre_hook(self._keep_states)
+
+    def close(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+
+    def _keep_states(self, _: Any, inputs: tuple[Tensor, ...]) -> None:
+        self._states = inputs[0][:, -1]
 
     @torch.inference_mode()
     def add(self, requests: list[Request]) -> None:
@@ -148,16 +181,20 @@ class Batch:
             first = len(self.rows)
             self.rows += [Row(request, self.eos_ids) for prompt in prompts for request in by_prompt[prompt]]
             width = len(prompts[-1]) - 1
-            if width == 0:
-                continue
-            copies = [index for index, prompt in enumerate(prompts) for _ in by_prompt[prompt]]
-            shared = len(copies) > len(prompts)
+            indices = [index for index, prompt in enumerate(prompts) for _ in by_prompt[prompt]]
+            copies = torch.tensor(indices, device=self.device) if len(indices) > len(prompts) else None
             # Right-padded, under the model's own causal mask: no token sees the padding behind it.
-            padded = [[*prompt[:-1], *[0] * (width + 1 - len(prompt))] for prompt in prompts]
-            self.cache.fill(first, width, torch.tensor(copies, device=self.device) if shared else None)
-            self._forward(
-                torch.tensor(padded, device=self.device), torch.arange(width, device=self.device).unsqueeze(0), None
-            )
+            padded = torch.tensor(
+                [[*prompt[:-1], *[0] * (width + 1 - len(prompt))] for prompt in prompts], device=self.device
+            ).long()
+            if width:
+                self.cache.fill(first, width, copies)
+                self._forward(padded, torch.arange(width, device=self.device).unsqueeze(0), None)
+            if self.guide:
+                requests = [row.request for row in self.rows[first:]]
+                self.guide.add(
+                    [request.prompt_ids for request in requests], [request.beta for request in requests], padded, copies
+                )
         self._stale = True
 
     @torch.inference_mode()
@@ -173,14 +210,27 @@ class Batch:
             )
         scores = self.law.scale(logits[:, -1])
         uniforms = None if self.law.all_greedy else noise(self.seeds, self.positions - self.starts)
-        self.tokens, logprobs = self.law.draw(scores, uniforms)
+        # float64 holds ids and float32 log-probabilities exactly.
+        if self.guide is None:
+            self.tokens, logprobs = self.law.draw(scores, uniforms)
+            outcome = [self.tokens.double(), logprobs.double()]
+        else:
+            guided, kl, total = self.guide.guide_step(scores, self.law.temperature, self._states)
+            self.tokens, logprobs = self.law.draw(guided, uniforms)
+            reference = scores.gather(1, self.tokens.unsqueeze(1)).squeeze(1) - total
+            outcome = [self.tokens.double(), logprobs.double(), kl.double(), (logprobs - reference).double()]
         self.positions = self.positions + 1
-        # The one synchronisation of a step; float64 holds ids and float32 log-probabilities exactly.
-        sampled, sampled_logprobs = torch.stack((self.tokens.double(), logprobs.double())).tolist()
+        sampled, sampled_logprobs, *shifts = torch.stack(outcome).tolist()
         if math.isnan(sum(sampled_logprobs)):
             raise UserError(
                 "model: its logits are not numbers (NaN); the weights are broken, or overflow in this dtype"
             )
+        if self.guide:
+            self.guide.advance(self.tokens, [int(token) for token in sampled])
+            for row, row_kl, log_ratio in zip(self.rows, *shifts, strict=True):
+                if row.request.beta is not None:
+                    row.kl += row_kl
+                    row.log_ratio += log_ratio
         finished = []
         for slot, (row, token, logprob) in enumerate(zip(self.rows, sampled, sampled_logprobs, strict=True)):
             row.ids.append(int(token))
@@ -206,12 +256,16 @@ class Batch:
         for slot in finished:
             row = self.rows[slot]
             reason: FinishReason = "stop" if row.ids[-1] in row.stops or row.stop else "length"
-            completions.append(Completion(row.request.id, tuple(row.ids), tuple(row.logprobs), reason, row.stop))
+            completions.append(
+                Completion(row.request.id, tuple(row.ids), tuple(row.logprobs), reason, row.stop, row.kl, row.log_ratio)
+            )
         left = len(self.rows) - len(finished)
         targets = [slot for slot in finished if slot < left]
         sources = sorted(set(range(left, len(self.rows))).difference(finished))
         length = max((self.rows[slot].position for slot in sources), default=0)
         self.cache.move(sources, targets, length)
+        if self.guide:
+            self.guide.move(sources, targets, left)
         for source, target in zip(sources, targets, strict=True):
             self.rows[target] = self.rows[source]
         del self.rows[left:]

@@ -1,45 +1,15 @@
 """Small random models, an engine without a model and a tokenizer without a vocabulary."""
 
-import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
 import torch
-import transformers
 
 from posttrain.rollouts.collect import Prompt
 from posttrain.rollouts.engine import Completion, Request, Sampling
 from posttrain.rollouts.sampling import noise
-
-VOCAB = 101
-BASE = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,  # wide enough that argmax is never a tie
-    "bos_token_id": None,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
-
-
-@functools.cache
-def build_model(kind: str) -> Any:
-    torch.manual_seed(0)
-    if kind == "llama":
-        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**BASE)).eval()
-    if kind == "qwen2":  # grouped key-value heads, biases
-        return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(num_key_value_heads=2, **BASE)).eval()
-    # gemma3: layers with a sliding window, shorter than most prompts
-    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
-    config = transformers.Gemma3TextConfig(
-        num_key_value_heads=1, head_dim=16, sliding_window=8, layer_types=kinds, **BASE
-    )
-    return transformers.Gemma3ForCausalLM(config).eval()
+from tests.small_models import VOCAB, build_model
 
 
 @pytest.fixture(params=["llama", "qwen2", "gemma3"])

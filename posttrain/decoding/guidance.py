@@ -1,0 +1,99 @@
+"""From value logits to guided logits: the arithmetic of Q#, the same in every engine.
+
+    pi(y | x) ∝ pi_ref(y | x) * exp(log_tilt(y)),      pi_ref = softmax(l / T)
+
+A step has at most `candidates` tokens valued: the most likely ones, until they hold 1 - delta of pi_ref's mass. A log-tilt
+of a return within [0, 1] lies within [0, 1 / beta], so the tokens that are left out would have at most the relative mass
+delta * exp(1 / beta) / (1 - delta) under the full tilt, and about delta where they are as good as the others.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from posttrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """candidates, delta: which tokens are valued, as above; delta 0 values all `candidates`.
+
+    outside: what becomes of the others: `mask`, they are never sampled; `zero_tilt`, they keep their reference weight, as
+    if their return were 0. law: `qsharp`, or `cd`: controlled decoding with the same value model. order: `exact` is
+    softmax(l / T + tilt); `released_code` is softmax((l + tilt) / T), kept for comparison.
+
+    Errors: UserError naming the field that is out of range.
+    """
+
+    candidates: int = 20
+    delta: float = 1e-3
+    outside: Literal["mask", "zero_tilt"] = "mask"
+    law: Literal["qsharp", "cd"] = "qsharp"
+    order: Literal["exact", "released_code"] = "exact"
+
+    def __post_init__(self) -> None:
+        if self.candidates < 1:
+            raise UserError(f"candidates: must be at least 1, got {self.candidates}")
+        if not 0 <= self.delta < 1:
+            raise UserError(f"delta: must be at least 0 and below 1, got {self.delta}")
+        for name, choices in (
+            ("outside", ("mask", "zero_tilt")),
+            ("law", ("qsharp", "cd")),
+            ("order", ("exact", "released_code")),
+        ):
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name}: must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The most likely tokens of each row, best first: ids, log-probabilities under softmax(scores), and which of them
+    count, all [rows, k]; those that count stand first, and there is always one. total: logsumexp of scores, [rows]."""
+
+    ids: Tensor
+    logprobs: Tensor
+    valid: Tensor
+    total: Tensor
+
+    @classmethod
+    def of(cls, scores: Tensor, guidance: Guidance) -> "Candidates":
+        """scores: float32 [rows, vocab], logits over temperature."""
+        top = scores.topk(min(guidance.candidates, scores.shape[-1]), dim=-1)
+        total = scores.logsumexp(-1)
+        logprobs = top.values.double() - total.double().unsqueeze(-1)
+        mass = logprobs.exp()
+        above = mass.cumsum(-1) - mass
+        valid = (above < 1 - guidance.delta) & (top.values > -torch.inf)
+        valid[:, 0] = True
+        return cls(top.indices, logprobs, valid, total)
+
+
+def guided_scores(
+    scores: Tensor, candidates: Candidates, log_tilt: Tensor, outside: Literal["mask", "zero_tilt"]
+) -> tuple[Tensor, Tensor]:
+    """Guided logits [rows, vocab] (over temperature already), and KL(softmax(guided) || softmax(scores)) in nats [rows].
+
+    scores: float32 [rows, vocab]; log_tilt: [rows, k], read where candidates.valid. The KL is exact, over the whole
+    vocabulary, before any top-p; the reference is never truncated.
+    """
+    valid = candidates.valid
+    tilt = log_tilt.double().masked_fill(~valid, -torch.inf)
+    weights = candidates.logprobs + tilt
+    if outside == "mask":
+        log_z = weights.logsumexp(-1, keepdim=True)
+        rest = torch.zeros_like(log_z)
+        guided = torch.full_like(scores, -torch.inf)
+        guided.scatter_(1, candidates.ids, (weights - log_z).to(scores.dtype))
+    else:
+        # What the candidates leave of pi_ref keeps its weight.
+        left = torch.log1p(-candidates.logprobs.exp().masked_fill(~valid, 0).sum(-1, keepdim=True).clamp(max=1))
+        log_z = torch.logaddexp(weights.logsumexp(-1, keepdim=True), left)
+        rest = (left - log_z).exp() * -log_z
+        guided = scores - (candidates.total.unsqueeze(-1) + log_z).to(scores.dtype)
+        kept = torch.where(valid, (weights - log_z).to(scores.dtype), guided.gather(1, candidates.ids))
+        guided.scatter_(1, candidates.ids, kept)
+    probs = (weights - log_z).exp()
+    kl = (probs * (tilt - log_z).masked_fill(~valid, 0)).sum(-1) + rest.squeeze(-1)
+    return guided, kl.clamp(min=0)

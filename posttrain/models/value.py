@@ -1,0 +1,266 @@
+"""The value model of Q#: the law of the return after a token, by one of three heads.
+
+    v        value of the prefix *after* a token, from a backbone's state at that token: k queries for k candidates
+    q        value of each candidate from the state of the prefix and the candidate's embedding: one query for all of them
+    shared   the same head on the hidden states and embeddings of the policy itself: no second model
+
+Without `atoms` the head gives one logit, of a Bernoulli return; with them, logits over the atoms (last dimension). Saved as
+an ordinary Hugging Face folder that remembers the policy whose returns it learned (`reference`).
+"""
+
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from posttrain.errors import UserError, nearest
+from posttrain.models.load import Policy, load_model
+from posttrain.objectives.qsharp import bernoulli_log_tilt, categorical_log_tilt, check_atoms, expected_log_tilt
+from posttrain.provenance import hash_files, hash_json
+
+Head = Literal["v", "q", "shared"]
+HEADS: tuple[Head, ...] = get_args(Head)
+
+
+class ValueModelConfig(PreTrainedConfig):
+    """head: one of HEADS; atoms: of the return, None for Bernoulli; backbone: the decoder's configuration (not of `shared`).
+
+    hidden_size, embedding_size, vocab_size: of what the head reads; width: of the candidate head's hidden layer;
+    reference: fingerprint of the policy whose roll-outs it learned from; vocabulary: hash of that policy's tokens.
+    """
+
+    model_type = "posttrain_value"
+    sub_configs = {"backbone": AutoConfig}  # noqa: RUF012  transformers' own name and form
+
+    backbone: Any = None
+    head: str = "v"
+    atoms: list[float] | None = None
+    hidden_size: int = 0
+    embedding_size: int = 0
+    vocab_size: int = 0
+    width: int = 256
+    reference: str | None = None
+    vocabulary: str | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if isinstance(self.backbone, dict):
+            self.backbone = CONFIG_MAPPING[self.backbone["model_type"]](**self.backbone)
+        super().__post_init__(**kwargs)
+
+
+class CandidateHead(nn.Module):
+    """out(silu(P h + C e + b)) of a prefix state h and a candidate's embedding e, each scaled to root mean square 1.
+
+    Parameters: (hidden + embedding + outputs) * width, for any number of candidates.
+    """
+
+    def __init__(self, config: ValueModelConfig, outputs: int) -> None:
+        super().__init__()
+        self.prefix = nn.Linear(config.hidden_size, config.width)
+        self.candidate = nn.Linear(config.embedding_size, config.width, bias=False)
+        self.out = nn.Linear(config.width, outputs)
+
+    def project(self, embeddings: Tensor) -> Tensor:
+        """C e of embeddings [..., e] -> [..., width]: the same for every prefix, so a decoder keeps it."""
+        return self.candidate(F.rms_norm(embeddings.float(), embeddings.shape[-1:]))
+
+    def forward(self, states: Tensor, projected: Tensor) -> Tensor:
+        """states [..., d] and projected [..., width], which broadcast -> [..., outputs]."""
+        return self.out(F.silu(self.prefix(F.rms_norm(states.float(), states.shape[-1:])) + projected))
+
+
+class ValueModel(PreTrainedModel):
+    config: ValueModelConfig
+    config_class = ValueModelConfig
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _no_split_modules: list[str] = []  # noqa: RUF012
+    _keep_in_fp32_modules_strict = {"head"}  # noqa: RUF012
+
+    def __init__(self, config: ValueModelConfig) -> None:
+        super().__init__(config)
+        self.backbone: Any = None if config.head == "shared" else AutoModel.from_config(config.backbone)
+        outputs = len(config.atoms) if config.atoms else 1
+        self.head: Any = nn.Linear(config.hidden_size, outputs) if config.head == "v" else CandidateHead(config, outputs)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    @property
+    def atoms(self) -> Tensor | None:
+        return torch.tensor(self.config.atoms) if self.config.atoms else None
+
+    def zero_head(self) -> None:
+        """Every value equal: the guided policy starts as the reference."""
+        output = self.head if self.config.head == "v" else self.head.out
+        nn.init.zeros_(output.weight)
+        nn.init.zeros_(output.bias)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        trunk: Any = None,
+    ) -> Tensor:
+        """Value logits [batch, time(, atoms)]: entry t is the value after token t, given those before it.
+
+        trunk: the policy's frozen decoder, of a `shared` head. With a candidate head entry 0 is not a value: no state
+        stands before it.
+        """
+        shared = self.config.head == "shared"
+        decoder = trunk if shared else self.backbone
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not shared):
+            states = decoder(
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+            ).last_hidden_state
+            embeddings = None if self.config.head == "v" else decoder.get_input_embeddings()(input_ids)
+        if embeddings is None:
+            return self.after(states)
+        before = F.pad(states[:, :-1], (0, 0, 1, 0))
+        return self._squeeze(self.head(before, self.head.project(embeddings)))
+
+    def after(self, states: Tensor) -> Tensor:
+        """V-type: logits [...(, atoms)] from the states [..., d] at the tokens whose values they are."""
+        return self._squeeze(self.head(states.float()))
+
+    def of_candidates(self, states: Tensor, projected: Tensor) -> Tensor:
+        """Candidate head: logits [rows, k(, atoms)] from prefix states [rows, d] and `head.project`ed candidates [rows, k, width]."""
+        return self._squeeze(self.head(states.unsqueeze(-2), projected))
+
+    def log_tilt(self, value_logits: Tensor, beta: float | Tensor, law: str = "qsharp") -> Tensor:
+        """Log-tilts [...] of value logits; law: `qsharp`, or `cd` for controlled decoding with the same model."""
+        atoms = self.atoms
+        if law == "cd":
+            return expected_log_tilt(value_logits, beta, atoms)
+        if atoms is None:
+            return bernoulli_log_tilt(value_logits, beta)
+        return categorical_log_tilt(value_logits, atoms.to(value_logits.device), beta)
+
+    def _squeeze(self, logits: Tensor) -> Tensor:
+        return logits if self.config.atoms else logits.squeeze(-1)
+
+
+def vocabulary_hash(tokenizer: Any) -> str:
+    return hash_json(sorted(tokenizer.get_vocab().items()))
+
+
+def new_value_model(
+    policy: Policy,
+    head: Head = "v",
+    base: str | None = None,
+    atoms: list[float] | None = None,
+    zero_init: bool = True,
+    width: int = 256,
+    seed: int = 0,
+) -> ValueModel:
+    """A value model for a policy, its backbone a copy of the language model `base` (default: of the policy itself).
+
+    Errors: UserError for an unknown head, atoms that do not increase, or a base of another vocabulary.
+    """
+    if head not in HEADS:
+        raise UserError(f"head: must be one of {', '.join(HEADS)}, got {head!r}{nearest(str(head), HEADS)}")
+    _check_atoms(atoms)
+    if head == "shared" and base is not None:
+        raise UserError("base: a shared head reads the policy's own states; leave the base out")
+    source = policy if head == "shared" else load_model(base or policy.name, str(policy.model.device), "float32")
+    if source.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+        raise UserError(
+            f"base: {source.name} has another vocabulary than the policy {policy.name}; tokens must be the same"
+        )
+    decoder = source.model.get_decoder()
+    config = ValueModelConfig(
+        backbone=None if head == "shared" else decoder.config,
+        head=head,
+        atoms=atoms,
+        hidden_size=decoder.config.hidden_size,
+        embedding_size=decoder.get_input_embeddings().embedding_dim,
+        vocab_size=decoder.config.vocab_size,
+        width=width,
+        reference=policy.fingerprint,
+        vocabulary=vocabulary_hash(policy.tokenizer),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        value = ValueModel(config).to(policy.model.device)
+    if value.backbone is not None:
+        value.backbone.load_state_dict(decoder.state_dict())
+    if zero_init:
+        value.zero_head()
+    return value
+
+
+def load_value_model(
+    folder: str | Path, policy: Policy, any_reference: bool = False, dtype: torch.dtype | None = None
+) -> ValueModel:
+    """A saved value model, ready to guide a policy, on its device.
+
+    any_reference: also when it learned the returns of another policy of the same vocabulary. dtype: of the backbone,
+    default the policy's. Errors: UserError naming `guide` for a folder that holds none or is damaged, weights that are not
+    finite, another vocabulary, and another policy.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"guide: {folder} has no config.json; give a folder that posttrain qsharp wrote")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        config, _ = ValueModelConfig.get_config_dict(folder)
+        if config.get("model_type") != ValueModelConfig.model_type:
+            raise UserError(f"guide: {folder} holds a {config.get('model_type')!r}, not a value model")
+        _check_atoms(config.get("atoms"))
+        value, loaded = ValueModel.from_pretrained(
+            folder, use_safetensors=True, output_loading_info=True, dtype=dtype or policy.model.dtype
+        )
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file breaks the loaders in whatever place the damage is
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"guide: {folder} is damaged: {reason[:200]}") from None
+    finally:
+        logging.set_verbosity(verbosity)
+    if loaded["missing_keys"]:
+        raise UserError(f"guide: {folder} lacks weights, among them {min(loaded['missing_keys'])}")
+    if not all(parameter.isfinite().all() for parameter in value.parameters()):
+        raise UserError(f"guide: {folder} has weights that are not finite")
+    if value.config.vocabulary != vocabulary_hash(policy.tokenizer):
+        raise UserError(f"guide: {folder} was trained for another vocabulary than that of {policy.name}")
+    if value.config.reference != policy.fingerprint and (value.config.head == "shared" or not any_reference):
+        hint = (
+            "it reads that policy's hidden states"
+            if value.config.head == "shared"
+            else "--any-reference uses it all the same"
+        )
+        raise UserError(
+            f"guide: {folder} was trained for the policy {str(value.config.reference)[:16]}, this one is "
+            f"{policy.fingerprint[:16]}; {hint}"
+        )
+    return value.to(policy.model.device).eval().requires_grad_(False)
+
+
+def value_fingerprint(folder: str | Path) -> str:
+    """sha256 over a saved value model's weights and configuration."""
+    folder = Path(folder)
+    return hash_files({*folder.glob("*.safetensors"), folder / "config.json"})
+
+
+def _check_atoms(atoms: list[float] | None) -> None:
+    if atoms is not None:
+        try:
+            check_atoms(torch.as_tensor(atoms, dtype=torch.float64))
+        except (ValueError, TypeError):
+            raise UserError(f"atoms: must be at least two finite increasing numbers, got {atoms}") from None

@@ -1,0 +1,228 @@
+"""Guided decoding in the engine against one candidate at a time, re-read from nothing."""
+
+import pytest
+import torch
+
+from posttrain.decoding.guidance import Candidates, Guidance, guided_scores
+from posttrain.decoding.guide import ValueGuide
+from posttrain.errors import UserError
+from posttrain.models.value import ValueModel, ValueModelConfig
+from posttrain.rollouts.engine import Request, Sampling
+from posttrain.rollouts.sampling import Law, noise
+from posttrain.rollouts.transformers import TransformersEngine
+from tests.small_models import build_model
+
+ATOMS = [-1.0, 0.0, 0.5, 2.0]
+
+
+def value_model(head, kind="llama", atoms=None, policy="llama"):
+    """A random value model with strong opinions; its backbone is not the policy's."""
+    decoder = build_model(policy if head == "shared" else kind).get_decoder()
+    config = ValueModelConfig(
+        backbone=None if head == "shared" else decoder.config,
+        head=head,
+        atoms=atoms,
+        hidden_size=decoder.config.hidden_size,
+        embedding_size=decoder.config.hidden_size,
+        vocab_size=decoder.config.vocab_size,
+        width=32,
+    )
+    torch.manual_seed(5)
+    value = ValueModel(config).eval().requires_grad_(False)
+    output = value.head if head == "v" else value.head.out
+    output.weight *= 4
+    if value.backbone is not None:
+        for parameter in value.backbone.parameters():
+            if parameter.dim() > 1:
+                parameter *= 8
+    return value
+
+
+def requests(count, betas, **settings):
+    generator = torch.Generator().manual_seed(11)
+
+    def draw(low, high):
+        return int(torch.randint(low, high, (), generator=generator))
+
+    made = []
+    for i in range(count):
+        prompt = tuple(torch.randint(2, 101, (draw(1, 30),), generator=generator).tolist())
+        sampling = Sampling(max_tokens=draw(1, 30), seed=i, stop_ids=(1, 7, 9), **settings)
+        made.append(Request(i, prompt, sampling, betas[i % len(betas)]))
+    return made
+
+
+@torch.inference_mode()
+def naive(policy, value, guidance, request):
+    """ids, log-probabilities, KL, log-ratio and every step's log-tilts, with neither cache nor batch."""
+    law = Law.of([request.sampling])
+    ids, logprobs, tilts, kl, log_ratio = [], [], [], 0.0, 0.0
+    while len(ids) < request.sampling.max_tokens and not (ids and ids[-1] in request.sampling.stop_ids):
+        prefix = [*request.prompt_ids, *ids]
+        scores = law.scale(policy(input_ids=torch.tensor([prefix])).logits[:, -1])
+        law_scores, step_kl = scores, torch.zeros(1)
+        if request.beta is not None:
+            candidates = Candidates.of(scores, guidance)
+            logits = [
+                value(torch.tensor([[*prefix, candidate]]), trunk=policy.get_decoder())[0, -1]
+                for candidate in candidates.ids[0].tolist()
+            ]
+            tilt = value.log_tilt(torch.stack(logits), request.beta, guidance.law)[None]
+            if int(candidates.valid.sum()) == 1:
+                tilt = torch.zeros_like(tilt)
+            tilts.append(tilt[candidates.valid])
+            law_scores, step_kl = guided_scores(scores, candidates, tilt, guidance.outside)
+        uniforms = None if law.all_greedy else noise(torch.tensor([request.sampling.seed]), torch.tensor([len(ids)]))
+        token, logprob = law.draw(law_scores, uniforms)
+        ids.append(int(token))
+        logprobs.append(float(logprob))
+        kl += float(step_kl)
+        if request.beta is not None:
+            log_ratio += float(logprob - torch.log_softmax(scores, -1)[0, token])
+    return ids, logprobs, kl, log_ratio
+
+
+def check(policy, value, guidance, asked, slots=5):
+    guide = ValueGuide(value, policy, "a fingerprint", guidance)
+    engine = TransformersEngine(policy, fingerprint="random", slots=slots, guide=guide)
+    found = {done.request_id: done for done in engine.generate(asked)}
+    assert len(found) == len(asked)
+    for request in asked:
+        ids, logprobs, kl, log_ratio = naive(policy, value, guidance, request)
+        done = found[request.id]
+        assert list(done.ids) == ids
+        assert list(done.logprobs) == pytest.approx(logprobs, abs=1e-4)
+        assert done.kl == pytest.approx(kl, abs=1e-4 * (1 + len(ids)))
+        assert done.log_ratio == pytest.approx(log_ratio, abs=1e-4 * (1 + len(ids)))
+        assert done.kl >= 0
+    return found
+
+
+BETAS = (0.1, None, 1.0, float("inf"), 0.5)
+
+
+@pytest.mark.parametrize("atoms", [None, ATOMS])
+@pytest.mark.parametrize("head", ["v", "q", "shared"])
+@pytest.mark.parametrize("outside", ["mask", "zero_tilt"])
+def test_equals_naive_guidance(head, atoms, outside):
+    guidance = Guidance(candidates=6, delta=0.05, outside=outside)
+    check(build_model("llama"), value_model(head, atoms=atoms), guidance, requests(14, BETAS, temperature=0.8))
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gemma3"])
+@pytest.mark.parametrize("head", ["v", "q"])
+def test_equals_naive_guidance_in_other_families(kind, head):
+    """Grouped key-value heads, layers with a sliding window shorter than the prompts."""
+    guidance = Guidance(candidates=5, delta=0.0)
+    check(build_model("llama"), value_model(head, kind), guidance, requests(9, BETAS))
+
+
+def test_tokens_wait_and_are_read_in_time():
+    """A peaked policy whose top token often needs no scoring, for longer than tokens may wait."""
+    guidance = Guidance(candidates=8, delta=0.3, outside="zero_tilt")
+    for head in ("v", "q"):
+        check(build_model("llama"), value_model(head), guidance, requests(10, (0.2,), temperature=0.3))
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {"top_p": 0.7}, {"top_k": 2, "temperature": 1.3}])
+def test_filters_come_after_the_tilt(settings):
+    check(build_model("llama"), value_model("v"), Guidance(candidates=7), requests(8, BETAS, **settings))
+
+
+def test_controlled_decoding_uses_the_mean():
+    check(
+        build_model("llama"), value_model("v", atoms=ATOMS), Guidance(candidates=7, law="cd"), requests(8, (0.2, None))
+    )
+
+
+def test_neighbours_have_no_say():
+    policy, value = build_model("llama"), value_model("v")
+    asked = requests(12, BETAS)
+    guide = ValueGuide(value, policy, "f", Guidance(candidates=6))
+    runs = [
+        {d.request_id: d.ids for d in TransformersEngine(policy, fingerprint="r", slots=n, guide=guide).generate(asked)}
+        for n in (1, 3, 12)
+    ]
+    assert runs[0] == runs[1] == runs[2]
+
+
+def test_guidance_off_is_the_base_token_for_token():
+    policy = build_model("llama")
+    asked = requests(12, (None,))
+    plain = {d.request_id: d for d in TransformersEngine(policy, fingerprint="r", slots=4).generate(asked)}
+    guide = ValueGuide(value_model("v"), policy, "f", Guidance(candidates=6))
+    beside = {
+        d.request_id: d for d in TransformersEngine(policy, fingerprint="r", slots=4, guide=guide).generate(asked)
+    }
+    assert plain == beside
+    assert all(done.kl == 0 and done.log_ratio == 0 for done in beside.values())
+
+
+def test_infinite_beta_is_the_base_under_zero_tilt():
+    policy = build_model("llama")
+    asked = requests(12, (float("inf"),))
+    base = {
+        d.request_id: d for d in TransformersEngine(policy, fingerprint="r", slots=4).generate(requests(12, (None,)))
+    }
+    guide = ValueGuide(value_model("v"), policy, "f", Guidance(candidates=6, outside="zero_tilt"))
+    for done in TransformersEngine(policy, fingerprint="r", slots=4, guide=guide).generate(asked):
+        assert done.ids == base[done.request_id].ids
+        assert done.kl == pytest.approx(0, abs=1e-5)
+
+
+def test_infinite_beta_under_mask_is_the_base_renormalised_on_its_candidates():
+    policy = build_model("llama")
+    guide = ValueGuide(value_model("v"), policy, "f", Guidance(candidates=4, delta=0.0))
+    engine = TransformersEngine(policy, fingerprint="r", slots=4, guide=guide)
+    cut = TransformersEngine(policy, fingerprint="r", slots=4)
+    expected = {d.request_id: d for d in cut.generate(requests(12, (None,), top_k=4))}
+    for done in engine.generate(requests(12, (float("inf"),))):
+        assert done.ids == expected[done.request_id].ids
+        assert done.logprobs == pytest.approx(expected[done.request_id].logprobs, abs=1e-4)
+
+
+def test_an_abandoned_run_leaves_no_hook():
+    policy, value = build_model("llama"), value_model("shared")
+    engine = TransformersEngine(policy, fingerprint="r", guide=ValueGuide(value, policy, "f"))
+    next(engine.generate(requests(12, (0.1,))))
+    assert not policy.get_output_embeddings()._forward_pre_hooks
+
+
+# -- mistakes
+
+
+def test_beta_needs_a_guide():
+    engine = TransformersEngine(build_model("llama"), fingerprint="r")
+    with pytest.raises(UserError, match="beta: this engine has no guide"):
+        engine.generate([Request(0, (5,), Sampling(max_tokens=4), beta=0.1)])
+
+
+@pytest.mark.parametrize("beta", [0.0, -1.0, float("nan")])
+def test_beta_is_positive(beta):
+    with pytest.raises(UserError, match="beta: must be positive"):
+        Request(0, (5,), Sampling(), beta=beta)
+
+
+def test_other_sizes_are_refused():
+    value = value_model("shared")
+    value.config.vocab_size = 7
+    with pytest.raises(UserError, match="guide: it knows 7 tokens, the policy 101"):
+        ValueGuide(value, build_model("llama"), "f")
+    value = value_model("shared")
+    value.config.hidden_size = 7
+    with pytest.raises(UserError, match="guide: its shared head reads states of size 7"):
+        ValueGuide(value, build_model("llama"), "f")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"candidates": 0}, "candidates: must be at least 1, got 0"),
+        ({"delta": 1.0}, "delta: must be at least 0 and below 1, got 1.0"),
+        ({"outside": "drop"}, "outside: must be one of mask, zero_tilt, got 'drop'"),
+        ({"law": "q"}, "law: must be one of qsharp, cd, got 'q'"),
+    ],
+)
+def test_settings_are_checked(settings, message):
+    with pytest.raises(UserError, match=message):
+        Guidance(**settings)
