@@ -88,7 +88,9 @@ class ValueModel(PreTrainedModel):
         super().__init__(config)
         self.backbone: Any = None if config.head == "shared" else AutoModel.from_config(config.backbone)
         outputs = len(config.atoms) if config.atoms else 1
-        self.head: Any = nn.Linear(config.hidden_size, outputs) if config.head == "v" else CandidateHead(config, outputs)
+        self.head: Any = (
+            nn.Linear(config.hidden_size, outputs) if config.head == "v" else CandidateHead(config, outputs)
+        )
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -61,32 +61,56 @@ def expected_return(value_logits: Tensor, atoms: Tensor | None = None) -> Tensor
     return torch.softmax(value_logits, -1) @ atoms.to(value_logits)
 
 
-def bernoulli_loss(value_logits: Tensor, returns: Tensor, mask: Tensor, reduction: Reduction = "row") -> Tensor:
+def negative_log_likelihood(value_logits: Tensor, returns: Tensor, atoms: Tensor | None = None) -> Tensor:
+    """-log Z(r) of every return [...]: value_logits [...] (Bernoulli, r within [0, 1]), or [..., atoms]."""
+    if atoms is None:
+        return F.softplus(value_logits) - returns.to(value_logits) * value_logits
+    return F.cross_entropy(value_logits.movedim(-1, 1), nearest_atom(returns, atoms), reduction="none")
+
+
+def bernoulli_loss(
+    value_logits: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    reduction: Reduction = "row",
+    denominator: Tensor | None = None,
+) -> Tensor:
     """L_bce = -r log p - (1 - r) log(1 - p).
 
     value_logits, mask: [batch, time]; returns: [batch] (of whole completions) or [batch, time], within [0, 1].
     reduction: `row`, the mean over a row's labelled tokens, then over the rows that have any (the paper's); `token`, the
-    mean over all labelled tokens.
+    mean over all labelled tokens. denominator: how many such rows (or tokens) there are in all, where this batch is a part
+    of a larger one; None: this batch is all.
     """
-    returns = _spread(returns, mask).to(value_logits)
-    logits = value_logits.masked_fill(~mask, 0)
-    return masked_mean(F.softplus(logits) - returns * logits, mask, reduction)
+    losses = negative_log_likelihood(value_logits.masked_fill(~mask, 0), _spread(returns, mask))
+    return masked_mean(losses, mask, reduction, denominator)
 
 
 def categorical_loss(
-    value_logits: Tensor, returns: Tensor, atoms: Tensor, mask: Tensor, reduction: Reduction = "row"
+    value_logits: Tensor,
+    returns: Tensor,
+    atoms: Tensor,
+    mask: Tensor,
+    reduction: Reduction = "row",
+    denominator: Tensor | None = None,
 ) -> Tensor:
     """L_mle = -log z[bin(r)]: value_logits [batch, time, atoms]; returns of any range, binned by `nearest_atom`."""
-    bins = nearest_atom(_spread(returns, mask), atoms)
     logits = value_logits.masked_fill(~mask.unsqueeze(-1), 0)
-    losses = F.cross_entropy(logits.movedim(-1, 1), bins, reduction="none")
-    return masked_mean(losses, mask, reduction)
+    losses = negative_log_likelihood(logits, _spread(returns, mask), atoms)
+    return masked_mean(losses, mask, reduction, denominator)
 
 
-def squared_loss(value_logits: Tensor, returns: Tensor, mask: Tensor, reduction: Reduction = "row") -> Tensor:
+def squared_loss(
+    value_logits: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    reduction: Reduction = "row",
+    denominator: Tensor | None = None,
+) -> Tensor:
     """(sigmoid(f) - r)^2, the ablation of the paper's table 4: a regression of the mean, without a law."""
     returns = _spread(returns, mask).to(value_logits)
-    return masked_mean((torch.sigmoid(value_logits.masked_fill(~mask, 0)) - returns).square(), mask, reduction)
+    errors = torch.sigmoid(value_logits.masked_fill(~mask, 0)) - returns
+    return masked_mean(errors.square(), mask, reduction, denominator)
 
 
 def nearest_atom(returns: Tensor, atoms: Tensor) -> Tensor:
@@ -108,15 +132,23 @@ def check_atoms(atoms: Tensor) -> None:
         raise ValueError(f"atoms: must be at least two finite increasing numbers, got {atoms.tolist()}")
 
 
-def masked_mean(values: Tensor, mask: Tensor, reduction: Reduction = "row") -> Tensor:
+def masked_mean(
+    values: Tensor, mask: Tensor, reduction: Reduction = "row", denominator: Tensor | None = None
+) -> Tensor:
     """Mean of values [batch, time] where the mask is true, as `bernoulli_loss` says; over nothing it is 0."""
     values = values.masked_fill(~mask, 0)
-    if reduction == "token":
-        return values.sum() / mask.sum().clamp(min=1)
-    if reduction != "row":
+    if reduction == "row":
+        values = values.sum(-1) / mask.sum(-1).clamp(min=1)
+    elif reduction != "token":
         raise ValueError(f"reduction: must be 'row' or 'token', got {reduction!r}")
-    counts = mask.sum(-1)
-    return (values.sum(-1) / counts.clamp(min=1)).sum() / (counts > 0).sum().clamp(min=1)
+    if denominator is None:
+        denominator = label_count(mask, reduction)
+    return values.sum() / denominator.clamp(min=1)
+
+
+def label_count(mask: Tensor, reduction: Reduction = "row") -> Tensor:
+    """What a mean is taken over: the rows of mask [batch, time] with a label, or the labelled tokens."""
+    return mask.any(-1).sum() if reduction == "row" else mask.sum()
 
 
 def _spread(returns: Tensor, mask: Tensor) -> Tensor:

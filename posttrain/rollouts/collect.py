@@ -10,7 +10,7 @@ import fcntl
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from posttrain.errors import UserError
 from posttrain.provenance import hash_json, versions
 from posttrain.rewards.math import Grade, grade
 from posttrain.rollouts.engine import Completion, Engine, Request, Sampling, check_request
+from posttrain.rollouts.rollin import NO_PREFIX, Prefix
 from posttrain.rollouts.table import (
     RolloutTable,
     check_shard,
@@ -73,6 +74,9 @@ def collect(
     out: str | Path,
     policy: str,
     settings: dict[str, Any] | None = None,
+    beta: float | None = None,
+    guide: str | None = None,
+    prefixes: Mapping[tuple[str, int], Prefix] | None = None,
     shard_prompts: int | None = None,
     resume: bool = False,
     grader: Callable[..., list[Grade]] = grade,
@@ -83,6 +87,9 @@ def collect(
     policy: the model's name; settings: whatever else decides the rows (slots, dtype, threads, ...). All of it goes into
     the manifest, and a resumed collection must agree with it. shard_prompts: prompts per shard, by default as many as
     give 256 completions. grader: called with `completions` and `golds`.
+
+    beta: the KL coefficient of the engine's guide, and guide: its name; None: no guidance. prefixes: what was rolled in
+    already, by prompt id and sample: the engine goes on from there, and `max_tokens` counts both.
 
     Errors, all before any generation: UserError naming `samples`, `shard_prompts`, `prompt`, `max_tokens`, `data` or
     `out`, or, on resume, the setting that differs from the interrupted run's.
@@ -109,6 +116,8 @@ def collect(
             "seed": sampling.seed,
             "stop_ids": list(sampling.stop_ids),
             **({"stop": list(sampling.stop)} if sampling.stop else {}),
+            **({"beta": beta, "guide": guide} if beta is not None else {}),
+            **({"prefixes": _prefix_hash(prefixes)} if prefixes is not None else {}),
             "shard_prompts": shard_prompts,
             **(settings or {}),
         },
@@ -127,11 +136,11 @@ def collect(
                     continue
                 start = time.perf_counter()
                 first = index * shard_prompts
-                jobs = _jobs(prompts[first : first + shard_prompts], first, samples, sampling)
+                jobs = _jobs(prompts[first : first + shard_prompts], first, samples, sampling, beta, prefixes or {})
                 completions = _sample(engine, jobs, bar)
                 texts = [completion_text(tokenizer, completion) for completion in completions]
                 grades = grader(completions=texts, golds=[job.prompt.answer for job in jobs])
-                rows = [_row(*row, policy) for row in zip(jobs, completions, texts, grades, strict=True)]
+                rows = [_row(*row, policy, guide) for row in zip(jobs, completions, texts, grades, strict=True)]
                 bar.graded(rows)
                 with _writing(out):
                     finished[shard_name(index)] = write_shard(out, index, rows)
@@ -219,35 +228,53 @@ def _agreed(out: Path, old: dict[str, Any], new: dict[str, Any]) -> dict[str, An
 
 @dataclass(frozen=True)
 class _Job:
-    """A row before it is sampled."""
+    """A row before it is sampled. `request` asks for what comes after the prefix; None: the prefix is all."""
 
     prompt: Prompt
     group: int
     sample: int
-    request: Request
+    sampling: Sampling
+    prefix: Prefix
+    request: Request | None
 
 
-def _jobs(prompts: Sequence[Prompt], first: int, samples: int, sampling: Sampling) -> list[_Job]:
+def _jobs(
+    prompts: Sequence[Prompt],
+    first: int,
+    samples: int,
+    sampling: Sampling,
+    beta: float | None,
+    prefixes: Mapping[tuple[str, int], Prefix],
+) -> list[_Job]:
     """In order of prompt, then sample."""
     jobs: list[_Job] = []
     for group, prompt in enumerate(prompts, first):
         for k in range(samples):
             own = replace(sampling, seed=completion_seed(sampling.seed, prompt.id, k))
-            jobs.append(_Job(prompt, group, k, Request(len(jobs), prompt.ids, own)))
+            prefix = prefixes.get((prompt.id, k), NO_PREFIX)
+            request = None
+            if prefix.finish_reason is None:
+                left = replace(own, max_tokens=own.max_tokens - len(prefix.ids))
+                request = Request(len(jobs), prompt.ids + prefix.ids, left, beta)
+            jobs.append(_Job(prompt, group, k, own, prefix, request))
     return jobs
 
 
+def _prefix_hash(prefixes: Mapping[tuple[str, int], Prefix]) -> str:
+    return hash_json([[*key, prefix.ids, prefix.cut] for key, prefix in sorted(prefixes.items())])
+
+
 def _sample(engine: Engine, jobs: Sequence[_Job], bar: "_Progress") -> list[Completion]:
-    """In order of the jobs."""
-    completions = {}
-    for completion in engine.generate(job.request for job in jobs):
-        completions[completion.request_id] = completion
+    """In order of the jobs, each with its prefix."""
+    rest = {}
+    for completion in engine.generate(job.request for job in jobs if job.request is not None):
+        rest[completion.request_id] = completion
         bar.sampled(completion)
-    return [completions[job.request.id] for job in jobs]
+    return [job.prefix.before(rest.get(number)) for number, job in enumerate(jobs)]
 
 
-def _row(job: _Job, completion: Completion, text: str, graded: Grade, policy: str) -> dict[str, Any]:
-    sampling = job.request.sampling
+def _row(job: _Job, completion: Completion, text: str, graded: Grade, policy: str, guide: str | None) -> dict[str, Any]:
+    beta = job.request.beta if job.request else None
     return {
         "prompt_id": job.prompt.id,
         "sample": job.sample,
@@ -264,13 +291,17 @@ def _row(job: _Job, completion: Completion, text: str, graded: Grade, policy: st
         "correct": graded.correct,
         "logprobs": completion.logprobs,
         "policy": policy,
-        "guide": None,
+        "guide": guide if beta is not None else None,
+        "beta": beta,
+        "kl": completion.kl,
+        "log_ratio": completion.log_ratio,
+        "cut": job.prefix.cut,
         "sampling": {
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "max_tokens": sampling.max_tokens,
-            "seed": sampling.seed,
+            "temperature": job.sampling.temperature,
+            "top_p": job.sampling.top_p,
+            "top_k": job.sampling.top_k,
+            "max_tokens": job.sampling.max_tokens,
+            "seed": job.sampling.seed,
         },
     }
 

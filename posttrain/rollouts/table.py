@@ -42,7 +42,11 @@ SCHEMA = pa.schema(
         ("correct", pa.bool_()),
         ("logprobs", pa.list_(pa.float32())),  # of completion_ids under the law they were sampled from; may be null
         ("policy", pa.string()),  # name@fingerprint
-        ("guide", pa.string()),  # fingerprint; null without one
+        ("guide", pa.string()),  # fingerprint of the value model and how it guided; null without one
+        ("beta", pa.float64()),  # KL coefficient of the guidance; null without
+        ("kl", pa.float64()),  # nats: sum over completion tokens of KL(guided law || reference); 0 without guidance
+        ("log_ratio", pa.float64()),  # nats: of the sampled tokens, under the law really sampled from
+        ("cut", pa.int32()),  # tokens before this index were rolled in by another policy; 0: none
         (
             "sampling",
             pa.struct(
@@ -58,6 +62,8 @@ SCHEMA = pa.schema(
     ]
 )
 MANIFEST = "manifest.json"
+# What an unguided completion has in columns that a table of somebody else's making may lack.
+UNGUIDED = {"guide": None, "beta": None, "kl": 0.0, "log_ratio": 0.0, "cut": 0}
 
 
 def shard_name(index: int) -> str:
@@ -193,6 +199,10 @@ def read_table(folder: str | Path) -> RolloutTable:
 
 def _conform(shard: pa.Table, name: str) -> pa.Table:
     """The schema's columns, in its order; more columns than ours are let through and dropped."""
+    for column, value in UNGUIDED.items():
+        if column not in shard.column_names:
+            constant = pa.array([value] * shard.num_rows, SCHEMA.field(column).type)
+            shard = shard.append_column(column, constant)
     missing = [column for column in SCHEMA.names if column not in shard.column_names]
     if missing:
         raise UserError(f"table: {name} has no column {', '.join(missing)}")

@@ -36,6 +36,10 @@ def make_row(group, sample, **changes):
         "logprobs": [-0.5, -0.25, -1.0],
         "policy": "tiny@abc",
         "guide": None,
+        "beta": None,
+        "kl": 0.0,
+        "log_ratio": 0.0,
+        "cut": 0,
         "sampling": {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_tokens": 8, "seed": 2**62},
     }
     return row | changes
@@ -197,3 +201,16 @@ def test_a_column_more_does_no_harm(folder):
 
 def test_the_manifest_is_plain_json(folder):
     assert json.loads((folder / "manifest.json").read_text())["shards"][shard_name(0)]["rows"] == 4
+
+
+def test_a_table_of_somebody_elses_making_may_lack_what_only_guidance_has(folder):
+    import pyarrow.parquet as pq
+
+    manifest = read_manifest(folder)
+    for name in manifest["shards"]:
+        kept = pq.read_table(folder / name).drop_columns(["guide", "beta", "kl", "log_ratio", "cut"])
+        pq.write_table(kept, folder / name)
+        manifest["shards"][name]["sha256"] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    write_manifest(folder, manifest)
+    table = read_table(folder)
+    assert set(table.column("kl")) == {0.0} and set(table.column("cut")) == {0} and set(table.column("guide")) == {None}
