@@ -34,4 +34,6 @@ def print_arms(arms: Iterable["Arm"]) -> None:
                 f"{arm.seconds:.1f}",
             )
         )
-    print_table(("arm", "accuracy", "95 % interval", "tokens per answer", "seconds"), rows)
+    print_table(
+        ("arm", "accuracy", "95 % interval", "tokens\nper answer", "seconds to sample,\nlearn and choose"), rows
+    )
