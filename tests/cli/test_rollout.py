@@ -66,8 +66,9 @@ def test_an_interrupted_table_is_continued_to_the_same_bytes(tmp_path):
 
 def refused(capsys, field, *arguments, **keywords):
     """Exit code 2 and one line that names the field."""
+    capsys.readouterr()
     assert rollout(*arguments, **keywords) == 2
-    message = capsys.readouterr().err.splitlines()[-1]
+    (message,) = capsys.readouterr().err.splitlines()
     assert re.match(rf"posttrain: error: {field}: ", message), message
     return message
 
@@ -146,8 +147,10 @@ def test_a_row_without_an_answer(tmp_path, capsys, data):
 def test_a_prompt_longer_than_the_context_names_its_row(tmp_path, capsys, data):
     rows = {"id": "ok", "problem": "2+2=?", "answer": "4"}, {"id": "long", "problem": "2+" * 300, "answer": "4"}
     more = ("--prompt", "{problem}")
-    assert "row 'long'" in refused(capsys, "prompt", tmp_path / "t", data=data(*rows), more=more)
-    assert capsys.readouterr() == ("", "")
+    assert rollout(tmp_path / "t", data=data(*rows), more=more) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.startswith("posttrain: error: prompt: row 'long' has ")
+    assert shown.err.count("\n") == 1
 
 
 def test_an_out_folder_that_cannot_be_written(tmp_path, capsys):
@@ -179,7 +182,7 @@ def test_resume_onto_a_corrupted_shard(tmp_path, capsys):
 
 
 REAL = (
-    "rollout --model tiny --data arithmetic --samples 4 --limit 60 --shard-prompts 3 --device cpu --threads 1".split()
+    "rollout --model tiny --data arithmetic --samples 4 --limit 24 --shard-prompts 2 --device cpu --threads 1".split()
 )
 
 
@@ -208,11 +211,11 @@ def test_a_command_that_was_ended_resumes_to_the_same_bytes(sent, code, said, tm
     process = started(tmp_path / "cut")
     process.send_signal(sent)
     assert (process.communicate()[1], process.returncode) == (said, code)
-    assert 0 < len(shards_of(tmp_path / "cut")) < 20
-    for out, more in ((tmp_path / "cut", ["--resume"]), (tmp_path / "whole", [])):
-        process = started(out, *more)
-        assert (process.communicate()[1], process.returncode) == ("", 0)
-    assert len(shards_of(tmp_path / "whole")) == 20
+    assert 0 < len(shards_of(tmp_path / "cut")) < 12
+    process = started(tmp_path / "cut", "--resume")
+    assert (process.communicate()[1], process.returncode) == ("", 0)
+    assert main([*REAL, "--out", str(tmp_path / "whole")]) == 0
+    assert len(shards_of(tmp_path / "whole")) == 12
     assert shards_of(tmp_path / "cut") == shards_of(tmp_path / "whole")
 
 
