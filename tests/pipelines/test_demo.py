@@ -1,7 +1,9 @@
 """The main job, on a handful of problems."""
 
 import json
+import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +32,18 @@ def test_the_summary_and_the_report_are_written(finished):
     page = (out / "report.html").read_text()
     assert "posttrain demo" in page and page.count("<svg") == 3
     assert all(arm.title in page for arm in result.arms.values())
+
+
+def test_the_snippet_of_the_readme_runs_as_it_stands(finished, tmp_path, monkeypatch, capsys):
+    out, result, _ = finished
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "demo").symlink_to(out)
+    monkeypatch.chdir(tmp_path)
+    readme = Path(__file__).parents[2] / "README.md"
+    (snippet,) = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
+    exec(snippet, {})
+    best = result.scores[0].argmax()
+    assert capsys.readouterr().out.startswith(result.test.by_prompt("completion")[0][best])
 
 
 def test_one_seed_is_everybody_s(finished):
