@@ -219,7 +219,10 @@ def _agreed(out: Path, old: dict[str, Any], new: dict[str, Any]) -> dict[str, An
         for manifest in (old, new)
     )
     differs = {field for field in {*now, *before} if before.get(field) != now.get(field)}
-    if len(old["shards"]) == old["expected_shards"]:
+    present = {
+        name: entry for name, entry in old["shards"].items() if (out / name).exists()
+    }  # deleted: collect it again
+    if len(present) == old["expected_shards"]:
         differs -= MAY_DIFFER
     if differs > {"data"}:  # a hash of what other settings decide: those say more
         differs -= {"data"}
@@ -229,12 +232,9 @@ def _agreed(out: Path, old: dict[str, Any], new: dict[str, Any]) -> dict[str, An
             f"{min(differs)}: {out} was collected with {'; '.join(changes)}; "
             "resume with the same settings, or give another folder"
         )
-    for name in list(old["shards"]):
-        if (out / name).exists():
-            check_shard(out, name, old["shards"][name])
-        else:  # deleted, to be collected again
-            del old["shards"][name]
-    return old
+    for name, entry in present.items():
+        check_shard(out, name, entry)
+    return {**old, "shards": present}
 
 
 @dataclass(frozen=True)
