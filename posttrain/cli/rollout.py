@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="arithmetic, a .jsonl or .parquet file, a folder under POSTTRAIN_DATA, or a hub id",
     )
     parser.add_argument("--samples", type=int, required=True, help="completions per prompt")
-    parser.add_argument("--out", required=True, help="folder of the table; new or empty, unless --resume")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the table; new or empty, unless --resume")
     parser.add_argument("--split", default="test")
     parser.add_argument("--limit", type=int, help="only so many prompts")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> None:
     from posttrain.errors import UserError
     from posttrain.models.load import load_model
     from posttrain.pipelines.rollout import RolloutConfig, figures_of, publish, rollout
+    from posttrain.rollouts.collect import check_folder
     from posttrain.rollouts.engine import Sampling
 
     if args.threads is not None:
@@ -55,7 +56,9 @@ def run(args: argparse.Namespace) -> None:
     config = RolloutConfig(
         args.data, args.split, args.limit, args.prompt, args.samples, sampling, args.slots, args.shard_prompts
     )
-    policy = load_model(args.model, args.device, args.dtype)
-    table = rollout(policy, config, Path(args.out), args.resume)
+    check_folder(args.out, args.resume)
+    rows = config.rows()
+    policy = load_model(args.model, args.device, args.dtype)  # takes time: after all that can be refused without it
+    table = rollout(policy, config, rows, args.out, args.resume)
     print_table(("figure", "value"), figures_of(table).items())
     print(f"report: {publish(table)}")

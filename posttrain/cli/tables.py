@@ -17,7 +17,8 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         table.add_column(column, justify="right" if index else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    Console(width=None if Console().is_terminal else 120).print(table)
+    width = None if Console().is_terminal else 120
+    Console(width=width, markup=False, emoji=False).print(table)  # a cell is text, whoever wrote it
 
 
 def print_arms(arms: Iterable["Arm"]) -> None:
@@ -34,4 +35,6 @@ def print_arms(arms: Iterable["Arm"]) -> None:
                 f"{arm.seconds:.1f}",
             )
         )
-    print_table(("arm", "accuracy", "95 % interval", "tokens per answer", "seconds"), rows)
+    print_table(
+        ("arm", "accuracy", "95 % interval", "tokens\nper answer", "seconds to sample,\nlearn and choose"), rows
+    )

@@ -50,6 +50,14 @@ def render(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     return list(ids)
 
 
+def shortened(text: str, longest: int = 4000) -> str:
+    """For people: a long text without its middle."""
+    if len(text) <= longest:
+        return text
+    half = longest // 2
+    return f"{text[:half]}\n[... {len(text) - 2 * half} characters ...]\n{text[-half:]}"
+
+
 def plain_text(messages: Sequence[Message]) -> str:
     """The same turns as a text to be continued, for models without a chat: `question answer`, a blank line, and so on."""
     parts = []

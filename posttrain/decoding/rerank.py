@@ -74,11 +74,16 @@ def chunked_value(
 
 
 def best_of_k(scores: Tensor, rewards: Tensor, k: int | Tensor, mask: Tensor | None = None) -> Tensor:
-    """Expected reward of the best-scored of k samples, exact over all C(n, k) subsets of a prompt's n.
+    """Expected reward of the best-scored of k samples: the mean of `best_of_each`."""
+    return best_of_each(scores, rewards, k, mask).mean()
+
+
+def best_of_each(scores: Tensor, rewards: Tensor, k: int | Tensor, mask: Tensor | None = None) -> Tensor:
+    """Expected reward of the best-scored of k samples, exact over all C(n, k) subsets of a prompt's n, [prompts that have samples].
 
     The best of k has score s with probability [C(#{<= s}, k) - C(#{< s}, k)] / C(n, k), shared by all of score s.
     With scores = rewards this is the oracle (pass@k for 0/1 rewards); with equal scores, or k = 1, the mean reward.
-    k: one number, or one per prompt [prompts]; mean over the prompts that have samples.
+    scores, rewards, mask: [prompts, samples]; k: one number, or one per prompt [prompts].
     Errors: UserError for a prompt with fewer than k samples.
     """
     mask = _checked(scores, rewards, k, mask)
@@ -96,7 +101,7 @@ def best_of_k(scores: Tensor, rewards: Tensor, k: int | Tensor, mask: Tensor | N
         within *= torch.where(i < ks, (upto - i).clamp(min=0) / (n - i), 1)
         under *= torch.where(i < ks, (below - i).clamp(min=0) / (n - i), 1)
     weights = (within - under) / (upto - below)
-    return (weights * rewards).masked_fill(~mask, 0).sum(-1).mean()
+    return (weights * rewards).masked_fill(~mask, 0).sum(-1)
 
 
 def value_curve(

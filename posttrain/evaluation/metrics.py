@@ -70,6 +70,8 @@ DEFINITIONS = {
     "mG-Pass@k": "2 x the integral of G-Pass@k_tau over tau from 1/2 to 1",
     "tokens": "completion tokens, over all samples: mean, and p95 = the smallest length that 95 % of the samples do "
     "not exceed",
+    "seconds": "wall clock of all that an arm needs, all problems together: sampling (of one sample: its share), and for "
+    "a learned arm its training completions, training and choosing too",
     "truncation": "share of samples that ended at the token limit (finish reason length)",
     "answer found": "share of samples in which an answer was found",
     "grader error": "share of samples whose grading ended in an error or a timeout; they count as wrong",
@@ -186,20 +188,24 @@ def weighted_majority(answers: Answers, weights: Iterable[Iterable[float]], corr
 def best_of_n(scores: Iterable[Iterable[float]], correct: Flags, k: int) -> Array:
     """Expected score of the sample that a scorer ranks first among k of the n, [prompts]: exact over all subsets.
 
-    The best of a subset is among the t top-ranked samples with the probability pass_at_k(n, t, k), so each block of
-    equal scores wins with a difference of two of those, and its samples share the win. Scores may be infinite, not NaN.
+    Tied samples share the win. Scores may be infinite, not NaN.
     """
+    import torch  # the other metrics do without
+
+    from posttrain.decoding.rerank import best_of_each
+
     groups = _flags(correct)
     k = _size(k, np.array([len(group) for group in groups]))
-    values = []
-    for index, (row, group) in enumerate(zip(_aligned("scores", scores, groups), groups, strict=True)):
-        ranks = -np.asarray(row, dtype=np.float64)
-        if np.isnan(ranks).any():
+    ranks = [np.asarray(row, dtype=np.float64) for row in _aligned("scores", scores, groups)]
+    for index, row in enumerate(ranks):
+        if np.isnan(row).any():
             raise ValueError(f"scores: problem {index} has a NaN")
-        _, block, sizes = np.unique(ranks, return_inverse=True, return_counts=True)
-        among_top = pass_at_k(len(group), np.concatenate([[0], np.cumsum(sizes)]), k)
-        values.append(np.diff(among_top) @ (np.bincount(block, weights=group) / sizes))
-    return np.minimum(values, 1.0)
+    width = max(map(len, groups))
+    padded, flags = (
+        torch.tensor(np.array([np.pad(row, (0, width - len(row))) for row in rows])) for rows in (ranks, groups)
+    )
+    mask = torch.arange(width) < torch.tensor([[len(group)] for group in groups])
+    return np.minimum(best_of_each(padded, flags, k, mask).numpy(), 1.0)
 
 
 def token_stats(lengths: Iterable[float]) -> dict[str, float]:

@@ -16,35 +16,47 @@ Array = NDArray[np.float64]
 
 COLOURS = ("#888888", "#d08c1f", "#2f7ed8", "#3a9d5d", "#b0479b", "#c9453f", "#6a5acd", "#1a9fa8")
 INK = "#808080"  # readable on white and on black
+# Lines that lie on each other can still be told apart: by dashes, and by hollow markers, each of which fits into the one before.
+LINES = tuple(
+    {"color": colour, "linestyle": dashes, "marker": marker, "markersize": size, "markerfacecolor": "none"}
+    for colour, dashes, marker, size in zip(
+        COLOURS,
+        ("-", (0, (5, 2)), "-", (0, (2, 2)), "-.", ":", (0, (7, 2, 1, 2)), (0, (9, 3))),
+        "osD^vXP*",
+        (9, 7.5, 8, 5, 6, 5, 4, 4),
+        strict=True,
+    )
+)
 
 
 def accuracy_curves(arms: Mapping[str, Arm]) -> str:
     """Accuracy against the number of samples k, one line for each arm that has a curve."""
     with _figure("accuracy") as (axes, svg):
-        for arm, colour in zip((arm for arm in arms.values() if arm.curve), cycle(COLOURS), strict=False):
+        for arm, line in zip((arm for arm in arms.values() if arm.curve), cycle(LINES), strict=False):
             ks = range(1, len(arm.curve) + 1)
-            axes.plot(ks, arm.curve, color=colour, marker="o", markersize=3, label=arm.title)
+            axes.plot(ks, arm.curve, label=arm.title, **line)
             low, high = arm.interval
-            axes.fill_between([ks[-1] - 0.08, ks[-1] + 0.08], low, high, color=colour, alpha=0.35, linewidth=0)
+            bar = [ks[-1] - 0.08, ks[-1] + 0.08]
+            axes.fill_between(bar, low, high, color=line["color"], alpha=0.35, linewidth=0)
         axes.set_xlabel("samples k")
         axes.set_ylabel("accuracy")
         axes.set_ylim(0, 1.02)
-        axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower right")
+        axes.legend(frameon=False, labelcolor=INK, loc="lower right", handlelength=3.5)
     return svg[0]
 
 
 def metric_curves(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     """Curves over k = 1, 2, ... with their intervals as bands: name -> `value`, `low`, `high`."""
     with _figure("curves") as (axes, svg):
-        for (name, curve), colour in zip(curves.items(), COLOURS[1:], strict=False):
+        for (name, curve), line in zip(curves.items(), LINES[1:], strict=False):
             ks = range(1, len(curve["value"]) + 1)
-            axes.plot(ks, curve["value"], color=colour, marker="o" if len(ks) <= 16 else None, markersize=3, label=name)
-            axes.fill_between(ks, curve["low"], curve["high"], color=colour, alpha=0.15, linewidth=0)
+            axes.plot(ks, curve["value"], label=name, markevery=-(-len(ks) // 16), **line)
+            axes.fill_between(ks, curve["low"], curve["high"], color=line["color"], alpha=0.15, linewidth=0)
         axes.set_xlabel("samples k")
         axes.set_ylabel("score")
         axes.set_ylim(0, 1.02)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="best")
+        axes.legend(frameon=False, labelcolor=INK, loc="best", handlelength=3.5)
     return svg[0]
 
 
@@ -72,10 +84,11 @@ def length_histogram(lengths: Mapping[str, Sequence[int]]) -> str:
     with _figure("lengths") as (axes, svg):
         edges = np.linspace(0, longest + 1, 41)
         for (verdict, values), colour in zip(lengths.items(), (COLOURS[3], COLOURS[5], *COLOURS), strict=False):
-            axes.hist(values, bins=edges, color=colour, alpha=0.6, label=f"{verdict} ({len(values)})")
+            label = f"{verdict} ({len(values)})"
+            axes.hist(values, bins=edges, facecolor=f"{colour}80", edgecolor=colour, linewidth=0.8, label=label)
         axes.set_xlabel("completion tokens")
         axes.set_ylabel("completions")
-        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+        axes.legend(frameon=False, labelcolor=INK)
     return svg[0]
 
 
@@ -88,7 +101,8 @@ def _figure(name: str) -> Iterator[tuple[Any, list[str]]]:
     style: Any = {
         "svg.hashsalt": name,  # ids of two figures in one page must differ
         "svg.fonttype": "none",
-        "font.size": 9,
+        "font.size": 11,
+        "legend.fontsize": 10,
         "text.color": INK,
         "axes.labelcolor": INK,
         "axes.edgecolor": INK,

@@ -45,6 +45,8 @@ def load_model(name: str, device: str | None = None, dtype: str | None = None) -
     folder = model_folder(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        # What is too long is refused in our own words, before anything is sampled.
+        tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         model, loaded = AutoModelForCausalLM.from_pretrained(
             folder, dtype=precision, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )

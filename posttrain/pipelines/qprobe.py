@@ -5,7 +5,7 @@ Tables and features that are finished are not made again.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from posttrain.data.load import load_rows
+from posttrain.data.load import Row
 from posttrain.errors import UserError
 from posttrain.evaluation.arms import Arm, reranked_arm, sampled_arms
 from posttrain.evaluation.calibrate import apply_logistic, fit_logistic
@@ -24,6 +24,7 @@ from posttrain.models.load import Policy, end_ids, load_model
 from posttrain.models.probe import Probe
 from posttrain.pipelines.rollout import RolloutConfig, lengths_by_verdict, rollout
 from posttrain.provenance import plain, versions, write_json
+from posttrain.rollouts.collect import check_folder
 from posttrain.rollouts.engine import Sampling
 from posttrain.rollouts.table import RolloutTable
 from posttrain.trainers.probe import ProbeConfig, ProbeResult, ProbeTrainer
@@ -66,6 +67,11 @@ class QProbeConfig:
         if self.train_split == self.test_split:
             raise UserError(f"test_split: {self.test_split} is the training split too; measure on another one")
 
+    def plan(self, split: str, prompts: int, samples: int) -> RolloutConfig:
+        """How one split is sampled."""
+        sampling = Sampling(self.temperature, self.top_p, max_tokens=self.max_tokens, seed=self.seed)
+        return RolloutConfig(self.data, split, prompts, self.prompt, samples, sampling, self.slots, self.shard_prompts)
+
 
 @dataclass(frozen=True)
 class QProbeRun:
@@ -94,15 +100,28 @@ class QProbeRun:
 def run(config: QProbeConfig, say: Callable[[str], None] = print) -> QProbeRun:
     """Errors: UserError naming the field, before anything is sampled where that is possible."""
     out = Path(config.out)
+    plans = {
+        "train": config.plan(config.train_split, config.train_prompts, config.train_samples),
+        "test": config.plan(config.test_split, config.test_prompts, config.k),
+    }
+    rows = {part: plan.rows() for part, plan in plans.items()}
+    _check_overlap(rows["train"], rows["test"])
+    for part in plans:
+        check_folder(out / part, resume=True)
     policy = load_model(config.model, config.device, config.dtype)
     all_specs(policy.model, config.layers, config.poolings)  # before hours of sampling
-    _check_overlap(config)
-    train = sample(policy, config, out / "train", config.train_split, config.train_prompts, config.train_samples, say)
-    test = sample(policy, config, out / "test", config.test_split, config.test_prompts, config.k, say)
+    tables = {}
+    for part, plan in plans.items():
+        say(f"{plan.split}: {plan.samples} samples of each of {len(rows[part])} prompts")
+        tables[part] = rollout(policy, plan, rows[part], out / part, resume=True, say=say)
+    train, test = tables["train"], tables["test"]
     started = time.perf_counter()
     fitted, train_scores = fit(policy, train, config, out / "features")
     fitted.probe.save_pretrained(out / "probe")
-    say(f"probe on {fitted.spec}: held-out reward {fitted.metrics['base']:.3f} -> {fitted.metrics['value']:.3f}")
+    say(
+        f"probe on {fitted.spec}; on {len(fitted.held_out)} held-out prompts, reward {fitted.metrics['base']:.3f} of one "
+        f"sample -> {fitted.metrics['value']:.3f} of the best of {fitted.k} (of {config.train_samples} sampled)"
+    )
     scores = score(policy, fitted.probe, test, out / "features")
     learned = time.perf_counter() - started
 
@@ -114,10 +133,8 @@ def run(config: QProbeConfig, say: Callable[[str], None] = print) -> QProbeRun:
     return QProbeRun(config, policy, train, test, fitted, train_scores, scores, arms)
 
 
-def _check_overlap(config: QProbeConfig) -> None:
+def _check_overlap(train: Sequence[Row], test: Sequence[Row]) -> None:
     """No test problem among the training ones: a file has no splits, and data sets have twins."""
-    train = load_rows(config.data, config.train_split, config.train_prompts, config.seed)
-    test = load_rows(config.data, config.test_split, config.test_prompts, config.seed)
     shared = {row["problem"] for row in train} & {row["problem"] for row in test}
     if shared:
         raise UserError(
@@ -130,9 +147,10 @@ def publish(run: QProbeRun, title: str, lead: str) -> None:
     out = Path(run.config.out)
     summary = {name: arm.summary() for name, arm in run.arms.items()}
     write_json(out / "summary.json", {"arms": summary, "manifest": run.manifest})
-    train_correct = np.array(run.train.rectangle("correct"), dtype=np.float64)
     correct = np.array(run.test.rectangle("correct"), dtype=np.float64)
-    platt = fit_logistic(run.train_scores.double().numpy().ravel(), train_correct.ravel())
+    held_out = list(run.fitted.held_out)
+    held_out_correct = np.array(run.train.rectangle("correct"), dtype=np.float64)[held_out]
+    platt = fit_logistic(run.train_scores[held_out].double().numpy().ravel(), held_out_correct.ravel())
     probabilities = apply_logistic(run.scores.double().numpy().ravel(), platt)
     write_report(
         out / "report.html",
@@ -145,27 +163,16 @@ def publish(run: QProbeRun, title: str, lead: str) -> None:
             ),
             Figure(
                 calibration(probabilities, correct.ravel()),
-                "Calibration of the probe on test completions, after a logistic map fitted on training completions.",
+                "Calibration of the probe on test completions, after a logistic map fitted on prompts that it was not "
+                "trained on.",
             ),
             Figure(length_histogram(lengths_by_verdict(run.test)), "Completion lengths by verdict."),
         ],
         table=run.test,
         scores=run.scores.tolist(),
-        definitions=("pass@1", "maj@k", "best-of-k", "pass@k", "tokens", "interval"),
+        definitions=("pass@1", "maj@k", "best-of-k", "pass@k", "tokens", "seconds", "interval"),
         manifest=run.manifest,
     )
-
-
-def sample(
-    policy: Policy, config: QProbeConfig, out: Path, split: str, limit: int, samples: int, say: Callable[[str], None]
-) -> RolloutTable:
-    """A graded rollout table of one split; what is there already is kept."""
-    say(f"{split}: {samples} samples of each of {limit} prompts")
-    sampling = Sampling(config.temperature, config.top_p, max_tokens=config.max_tokens, seed=config.seed)
-    plan = RolloutConfig(
-        config.data, split, limit, config.prompt, samples, sampling, config.slots, config.shard_prompts
-    )
-    return rollout(policy, plan, out, resume=True, say=say)
 
 
 def fit(policy: Policy, table: RolloutTable, config: QProbeConfig, cache: Path) -> tuple[ProbeResult, torch.Tensor]:

@@ -1,20 +1,21 @@
 """From a model's name and a data set's to a graded rollout table, and a page that shows it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from posttrain.data.load import load_rows
-from posttrain.data.prompts import template_for
+from posttrain.data.load import Row, load_rows
+from posttrain.data.prompts import shortened, template_for
 from posttrain.errors import UserError
 from posttrain.evaluation.arms import sampled_arms
+from posttrain.evaluation.grades import grader_fingerprint
 from posttrain.evaluation.metrics import MAX_SAMPLES, rates, token_stats
 from posttrain.evaluation.plots import accuracy_curves, length_histogram
 from posttrain.evaluation.report import Figure, write_report
 from posttrain.models.load import Policy
-from posttrain.rollouts.collect import collect, prompts_for
+from posttrain.rollouts.collect import check_prompts, collect, prompts_for
 from posttrain.rollouts.engine import Sampling
 from posttrain.rollouts.table import RolloutTable
 from posttrain.rollouts.transformers import TransformersEngine
@@ -22,7 +23,7 @@ from posttrain.rollouts.transformers import TransformersEngine
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """Which prompts, how many samples of each, and how they are sampled."""
+    """Which prompts, how many samples of each, and how they are sampled; `sampling.seed` draws generated problems too."""
 
     data: str
     split: str = "test"
@@ -33,23 +34,40 @@ class RolloutConfig:
     slots: int = 64
     shard_prompts: int | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("samples", "slots", "shard_prompts"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}: must be at least 1, got {value}")
+        if self.samples > MAX_SAMPLES:
+            raise UserError(f"samples: at most {MAX_SAMPLES} per prompt, got {self.samples}")
+        template_for(self.data, self.prompt)
+
+    def rows(self) -> list[Row]:
+        """The problems. Errors: UserError as `load_rows`."""
+        return load_rows(self.data, self.split, self.limit, self.sampling.seed)
+
 
 def rollout(
-    policy: Policy, config: RolloutConfig, out: Path, resume: bool, say: Callable[[str], None] = print
+    policy: Policy,
+    config: RolloutConfig,
+    rows: Sequence[Row],
+    out: Path,
+    resume: bool,
+    say: Callable[[str], None] = print,
 ) -> RolloutTable:
-    """Shows one prompt as the model sees it, then collects; sampling.seed draws generated problems too.
+    """Shows one prompt as the model sees it, then collects; rows: those of the configuration.
 
     Errors: UserError naming the field, before anything is sampled.
     """
-    if config.samples > MAX_SAMPLES:
-        raise UserError(f"samples: at most {MAX_SAMPLES} per prompt, got {config.samples}")
     template = template_for(config.data, config.prompt)
-    rows = load_rows(config.data, config.split, config.limit, config.sampling.seed)
     engine = TransformersEngine(policy.model, policy.tokenizer, fingerprint=policy.fingerprint, slots=config.slots)
     prompts = prompts_for(rows, policy.tokenizer, template)
+    check_prompts(prompts, engine, config.sampling)
     say(f"prompt of row {prompts[0].id!r}, {len(prompts[0].ids)} tokens, as the model sees it:")
-    say(policy.tokenizer.decode(prompts[0].ids, skip_special_tokens=False))
-    return collect(
+    say(shortened(policy.tokenizer.decode(prompts[0].ids, skip_special_tokens=False)))
+    grader = grader_fingerprint()[:16]
+    table = collect(
         engine,
         policy.tokenizer,
         prompts,
@@ -60,6 +78,7 @@ def rollout(
         settings={
             "source": f"{config.data}/{config.split}",
             "template": template,
+            "grader": grader,
             "engine": "transformers",
             "slots": config.slots,
             "dtype": str(policy.model.dtype).removeprefix("torch."),
@@ -69,6 +88,9 @@ def rollout(
         shard_prompts=config.shard_prompts,
         resume=resume,
     )
+    if table.manifest["settings"].get("grader") != grader:
+        say(f"{out} was graded by another version of the grader, and is kept; another folder would be graded anew")
+    return table
 
 
 def lengths_by_verdict(table: RolloutTable) -> dict[str, list[int]]:
@@ -122,7 +144,10 @@ def publish(table: RolloutTable) -> Path:
         ],
         table=table,
         scores=None,
-        definitions=("pass@1", "maj@k", "pass@k", "tokens", "truncation", "answer found", "grader error", "interval"),
+        definitions=(
+            *("pass@1", "maj@k", "pass@k", "tokens", "seconds"),
+            *("truncation", "answer found", "grader error", "interval"),
+        ),
         manifest=table.manifest,
     )
     return path

@@ -37,6 +37,7 @@ from posttrain.rollouts.table import (
 
 SHARD_COMPLETIONS = 256  # what a kill can cost, against the end of each shard, where the batch runs empty
 DECISIVE = ("torch", "transformers")  # versions that a resumed collection must share
+MAY_DIFFER = {"threads", "slots", "device", "grader", *DECISIVE}  # once every shard is there
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def collect(
         shard_prompts = -(-SHARD_COMPLETIONS // samples)
     if shard_prompts < 1:
         raise UserError(f"shard_prompts: must be at least 1, got {shard_prompts}")
-    _check_prompts(prompts, engine, sampling)
+    check_prompts(prompts, engine, sampling)
     out = Path(out)
     policy = f"{policy}@{engine.fingerprint}"
     manifest: dict[str, Any] = {
@@ -149,7 +150,8 @@ def collect(
     return read_table(out)
 
 
-def _check_prompts(prompts: Sequence[Prompt], engine: Engine, sampling: Sampling) -> None:
+def check_prompts(prompts: Sequence[Prompt], engine: Engine, sampling: Sampling) -> None:
+    """Errors: UserError naming `data`, `prompt` or `max_tokens`, with the row that cannot be sampled."""
     if not prompts:
         raise UserError("data: there is no prompt to sample")
     seen: set[str] = set()
@@ -171,10 +173,9 @@ def _writing(out: Path) -> Iterator[None]:
 @contextmanager
 def reserved(out: Path) -> Iterator[None]:
     """The folder, made where it is missing, locked against a second run as long as this process lives."""
+    _check_writable(out)
     with _writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        if not os.access(out, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         folder = os.open(out, os.O_RDONLY)
     try:
         try:
@@ -188,16 +189,34 @@ def reserved(out: Path) -> Iterator[None]:
         os.close(folder)
 
 
+def _check_writable(out: Path) -> None:
+    """Of a folder that is not there yet: whether it could be made. Nothing is."""
+    with _writing(out):
+        ground = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+        if not ground.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(ground, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def check_folder(out: Path, resume: bool) -> None:
+    """Whether a table can be collected here, before a model is loaded for it; nothing is written.
+
+    Errors: UserError naming `out`, which cannot be written to or, without `resume`, is not empty.
+    """
+    _check_writable(out)
+    if not resume and out.is_dir() and any(out.iterdir()):
+        raise UserError(
+            f"out: {out} is not empty; --resume continues an interrupted collection, or give another folder"
+        )
+
+
 def _opened(out: Path, manifest: dict[str, Any], resume: bool) -> dict[str, Any]:
     """The manifest to go on with: the new one, now written, or on resume the old one, which must agree with it."""
+    check_folder(out, resume)
+    remove_scratch(out)
     if any(out.iterdir()):
-        if not resume:
-            raise UserError(
-                f"out: {out} is not empty; --resume continues an interrupted collection, or give another folder"
-            )
-        remove_scratch(out)
-        if any(out.iterdir()):
-            return _agreed(out, read_manifest(out), manifest)
+        return _agreed(out, read_manifest(out), manifest)
     with _writing(out):
         write_manifest(out, manifest)
     return manifest
@@ -208,22 +227,23 @@ def _agreed(out: Path, old: dict[str, Any], new: dict[str, Any]) -> dict[str, An
         {**manifest["settings"], **{package: manifest["versions"].get(package) for package in DECISIVE}}
         for manifest in (old, new)
     )
-    finished = len(old["shards"]) == old["expected_shards"]
-    # `data` is a hash of what other settings decide: name those first. What only moves the rounding may differ once all is there.
-    for field in sorted({*now, *before}, key=lambda field: (field == "data", field)):
-        if finished and field in ("threads", "slots", "device", *DECISIVE):
-            continue
-        if before.get(field) != now.get(field):
-            raise UserError(
-                f"{field}: {out} was collected with {before.get(field)!r}, not {now.get(field)!r}; "
-                "resume with the same settings, or give another folder"
-            )
-    for name in list(old["shards"]):
-        if (out / name).exists():
-            check_shard(out, name, old["shards"][name])
-        else:  # deleted, to be collected again
-            del old["shards"][name]
-    return old
+    differs = {field for field in {*now, *before} if before.get(field) != now.get(field)}
+    present = {
+        name: entry for name, entry in old["shards"].items() if (out / name).exists()
+    }  # deleted: collect it again
+    if len(present) == old["expected_shards"]:
+        differs -= MAY_DIFFER
+    if differs > {"data"}:  # a hash of what other settings decide: those say more
+        differs -= {"data"}
+    if differs:
+        changes = [f"{field} {before.get(field)!r}, not {now.get(field)!r}" for field in sorted(differs)]
+        raise UserError(
+            f"{min(differs)}: {out} was collected with {'; '.join(changes)}; "
+            "resume with the same settings, or give another folder"
+        )
+    for name, entry in present.items():
+        check_shard(out, name, entry)
+    return {**old, "shards": present}
 
 
 @dataclass(frozen=True)

@@ -75,8 +75,10 @@ class ProbeConfig:
 class ProbeResult:
     """The probe, where it reads, and how it did on held-out prompts.
 
+    held_out: the prompts, as indices, that it was not trained on; only they tell what its scores mean elsewhere.
     curve: held-out value every `eval_steps` steps for the chosen features; curve[0] is the untrained probe: the mean
-    reward. A value is the mean reward of the argmax of k samples, k = half of a prompt's samples but within 2 and k_train.
+    reward. A value is the mean reward of the argmax of k samples, k = half of a prompt's samples but within 2 and k_train;
+    `k` is that of the prompt with the most samples.
     values: the best held-out value of every candidate in `specs`. Choosing by them makes the best one a little
     optimistic: measure the probe on prompts of neither part. metrics: held-out `base` (mean reward), `value`
     (re-ranked) and `oracle` (the best reward, same k); `steps` taken, `best_step`, `prompts` trained on and
@@ -85,6 +87,8 @@ class ProbeResult:
 
     probe: Probe
     spec: FeatureSpec | None
+    held_out: tuple[int, ...]
+    k: int
     curve: tuple[float, ...]
     values: tuple[float, ...]
     metrics: dict[str, float]
@@ -157,7 +161,8 @@ class ProbeTrainer:
             "validation_prompts": len(held_out),
             "seconds": time.perf_counter() - started,
         }
-        return ProbeResult(probe.eval(), probe.card.feature, curve, values, metrics)
+        k = int(self._sizes(validation).max())
+        return ProbeResult(probe.eval(), probe.card.feature, tuple(held_out.tolist()), k, curve, values, metrics)
 
     def _split(self, groups: "_Groups") -> tuple[Tensor, Tensor]:
         """Prompts to train on and to hold out, each with its share of those whose samples differ in reward."""
@@ -248,9 +253,13 @@ class ProbeTrainer:
         """Re-ranked reward by scores [rows], as ProbeResult says."""
         index = groups.index.to(scores.device)
         rows, valid = index.clamp(min=0), index >= 0
-        samples = valid.sum(1)
-        k = ((samples + 1) // 2).clamp(2, self.config.k_train).minimum(samples)
+        k = self._sizes(groups).to(scores.device)
         return best_of_k(scores[rows], groups.rewards[rows], k.clamp(min=1), valid).item()
+
+    def _sizes(self, groups: "_Groups") -> Tensor:
+        """How many samples of each prompt a value chooses among [prompts]."""
+        samples = (groups.index >= 0).sum(1)
+        return ((samples + 1) // 2).clamp(2, self.config.k_train).minimum(samples)
 
 
 @dataclass(frozen=True)

