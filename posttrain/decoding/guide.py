@@ -10,6 +10,7 @@ candidates was drawn) wait, and are read beside the candidates of the row's next
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor
 from posttrain.decoding.guidance import Candidates, Guidance, guided_scores
 from posttrain.errors import UserError
 from posttrain.models.cache import DecodeMasks, SlotCache, Tree, read_length, tree_attention
-from posttrain.models.value import ValueModel
+from posttrain.models.load import Policy
+from posttrain.models.value import ValueModel, load_value_model, value_fingerprint
 from posttrain.provenance import hash_json
 
 MOST_WAITING = 16  # tokens of a row that may wait to be read: attention is padded to the longest queue
@@ -66,6 +68,14 @@ class ValueGuide:
     def session(self, slots: int, context: int) -> "GuideSession":
         """The guide's state for one running batch."""
         return GuideSession(self, slots, context)
+
+
+def load_guide(
+    folder: str | Path, policy: Policy, guidance: Guidance | None = None, any_reference: bool = False
+) -> ValueGuide:
+    """A saved value model as a policy's guide. Errors: as `load_value_model`."""
+    value = load_value_model(folder, policy, any_reference)
+    return ValueGuide(value, policy.model, value_fingerprint(folder), guidance)
 
 
 @dataclass

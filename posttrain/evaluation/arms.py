@@ -1,7 +1,7 @@
 """Ways to answer from the same samples, side by side: each is an arm with an accuracy, an interval and a cost."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from posttrain.evaluation.intervals import mean_interval
-from posttrain.evaluation.metrics import best_of_n, counts, majority_curve, pass_at_k
+from posttrain.evaluation.metrics import best_of_n, counts, majority_curve, pass_at_k, weighted_majority
 from posttrain.rewards.math import canonical
+from posttrain.rollouts.table import RolloutTable
 
 Array = NDArray[np.float64]
 
@@ -20,7 +21,9 @@ class Arm:
     """One way to answer.
 
     per_problem: its expected score on every problem [prompts]. tokens: completion tokens that one answer costs, all samples
-    counted. curve: accuracy against k, from k = 1. seconds: what it took to sample, learn and choose.
+    counted. curve: accuracy against k, from k = 1. seconds: what it took to sample, learn and choose. measures: what else is
+    known of it: `kl` to the reference, in nats per completion; `majority`, accuracy of a vote over its own samples;
+    `tokens_per_second` of its sampling.
     """
 
     name: str
@@ -29,6 +32,7 @@ class Arm:
     tokens: float
     seconds: float
     curve: tuple[float, ...] = ()
+    measures: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def accuracy(self) -> float:
@@ -44,6 +48,7 @@ class Arm:
             "interval": list(self.interval),
             "tokens": self.tokens,
             "seconds": self.seconds,
+            **self.measures,
         }
 
 
@@ -81,6 +86,22 @@ def sampled_arms(
     }
 
 
+def policy_arm(name: str, title: str, table: RolloutTable, seconds: float) -> Arm:
+    """One sample of another policy, from its own table [prompts, samples]; seconds: what it took to learn it."""
+    n, right = counts(table.rectangle("correct"))
+    k = int(n.min())
+    ballots = [
+        [None if answer is None else canonical(answer) for answer in row] for row in table.rectangle("extracted")
+    ]
+    lengths = [len(ids) for ids in table.column("completion_ids")]
+    sampled = table.manifest["seconds"]
+    measures = {"kl": float(np.mean(table.column("kl"))), "tokens_per_second": sum(lengths) / max(sampled, 1e-9)}
+    if k > 2:  # a vote of two is a coin
+        vote = majority_curve(ballots, table.rectangle("correct"), k)
+        measures["majority"] = float(vote[:, -1].mean())
+    return Arm(name, title, pass_at_k(n, right, 1), float(np.mean(lengths)), seconds + sampled / k, (), measures)
+
+
 def reranked_arm(
     name: str,
     title: str,
@@ -94,3 +115,18 @@ def reranked_arm(
     curve = [best_of_n(scores, correct, size) for size in range(1, k + 1)]
     tokens = k * float(np.mean([length for row in lengths for length in row]))
     return Arm(name, title, curve[-1], tokens, seconds, tuple(float(value.mean()) for value in curve))
+
+
+def weighted_vote_arm(
+    name: str,
+    title: str,
+    scores: Sequence[Sequence[float]],
+    answers: Sequence[Sequence[str | None]],
+    correct: Sequence[Sequence[bool]],
+    lengths: Sequence[Sequence[int]],
+    seconds: float,
+) -> Arm:
+    """A vote of k samples, each counting for its score, all [prompts, k]; scores: not negative."""
+    ballots = [[None if answer is None else canonical(answer) for answer in row] for row in answers]
+    tokens = len(scores[0]) * float(np.mean([length for row in lengths for length in row]))
+    return Arm(name, title, weighted_majority(ballots, scores, correct), tokens, seconds)

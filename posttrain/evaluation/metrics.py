@@ -68,6 +68,8 @@ DEFINITIONS = {
     "worst@k": "probability that all of k samples are right: mean over problems of C(c,k)/C(n,k)",
     "G-Pass@k_tau": "probability that at least ceil(tau k), and at least one, of k samples are right (hypergeometric)",
     "mG-Pass@k": "2 x the integral of G-Pass@k_tau over tau from 1/2 to 1",
+    "KL": "nats per completion: the sum over its tokens of KL(guided law || reference law) at the sampling temperature, exact over "
+    "the whole vocabulary, before top-p; mean over completions",
     "tokens": "completion tokens, over all samples: mean, and p95 = the smallest length that 95 % of the samples do "
     "not exceed",
     "seconds": "wall clock of all that an arm needs, all problems together: sampling (of one sample: its share), and for "

@@ -4,7 +4,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import cycle
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,6 +75,39 @@ def calibration(probabilities: Array, correct: Array, bins: int = 10) -> str:
         axes.set_ylabel("share that is right")
         axes.set_xlim(-0.02, 1.02)
         axes.set_ylim(-0.02, 1.02)
+    return svg[0]
+
+
+class _Point(Protocol):
+    """A policy, by the accuracy it reaches and the KL it spends."""
+
+    @property
+    def beta(self) -> float: ...
+    @property
+    def kl(self) -> float: ...
+    @property
+    def accuracy(self) -> float: ...
+    @property
+    def interval(self) -> tuple[float, float]: ...
+
+
+def frontier(laws: Mapping[str, Sequence[_Point]], base: float, base_interval: tuple[float, float]) -> str:
+    """Accuracy against KL, one line for each law, its points in order of KL; pi_ref stands at KL 0."""
+    with _figure("frontier") as (axes, svg):
+        axes.axhspan(*base_interval, color=INK, alpha=0.15, linewidth=0)
+        axes.axhline(base, color=INK, linewidth=1, linestyle=":")
+        for (law, points), line in zip(laws.items(), LINES[2:], strict=False):
+            kls, accuracies = [point.kl for point in points], [point.accuracy for point in points]
+            axes.plot(kls, accuracies, label=law, **line)
+            low, high = zip(*(point.interval for point in points), strict=True)
+            axes.vlines(kls, low, high, color=line["color"], alpha=0.5)
+            for point in points:
+                axes.annotate(f"{point.beta:.2g}", (point.kl, point.accuracy), (4, -11), textcoords="offset points")
+        axes.set_xlabel("KL to the reference, nats per completion")
+        axes.set_ylabel("accuracy of one sample")
+        axes.set_xlim(left=0)
+        axes.set_ylim(0, 1.02)
+        axes.legend(frameon=False, labelcolor=INK, loc="lower right", handlelength=3.5)
     return svg[0]
 
 

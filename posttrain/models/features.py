@@ -91,7 +91,7 @@ def hidden_features(
     _check_lengths(base, lengths)
 
     features = torch.empty(len(rows), len(specs), base.config.hidden_size, dtype=torch.float16)
-    batches = list(_batches(lengths, batch_tokens))
+    batches = list(batches_by_length(lengths, batch_tokens))
     console = Console(stderr=True)
     quiet = not console.is_terminal or len(batches) < 20
     training = base.training
@@ -176,7 +176,7 @@ def _pooled(base: Any, rows: Sequence[Row], specs: Sequence[FeatureSpec]) -> Ten
     return torch.stack([pooled[spec] for spec in specs], 1)
 
 
-def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
     """Row numbers, longest first, so that a batch too large for the device fails at once."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

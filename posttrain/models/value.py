@@ -165,20 +165,23 @@ def new_value_model(
     policy: Policy,
     head: Head = "v",
     base: str | None = None,
+    layers: int | None = None,
     atoms: list[float] | None = None,
     zero_init: bool = True,
     width: int = 256,
     seed: int = 0,
 ) -> ValueModel:
-    """A value model for a policy, its backbone a copy of the language model `base` (default: of the policy itself).
+    """A value model for a policy, its backbone a copy of the language model `base` (default: of the policy itself), or of
+    its first `layers` layers.
 
-    Errors: UserError for an unknown head, atoms that do not increase, or a base of another vocabulary.
+    Errors: UserError for an unknown head, atoms that do not increase, a base of another vocabulary, or one with fewer layers.
     """
     if head not in HEADS:
         raise UserError(f"head: must be one of {', '.join(HEADS)}, got {head!r}{nearest(str(head), HEADS)}")
     _check_atoms(atoms)
-    if head == "shared" and base is not None:
-        raise UserError("base: a shared head reads the policy's own states; leave the base out")
+    for name, given in (("base", base), ("layers", layers)):
+        if head == "shared" and given is not None:
+            raise UserError(f"{name}: a shared head reads the policy's own states; leave it out")
     source = policy if head == "shared" else load_model(base or policy.name, str(policy.model.device), "float32")
     if source.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
         raise UserError(
@@ -186,7 +189,7 @@ def new_value_model(
         )
     decoder = source.model.get_decoder()
     config = ValueModelConfig(
-        backbone=None if head == "shared" else decoder.config,
+        backbone=None if head == "shared" else _cut(decoder.config, layers),
         head=head,
         atoms=atoms,
         hidden_size=decoder.config.hidden_size,
@@ -200,10 +203,24 @@ def new_value_model(
         torch.manual_seed(seed)
         value = ValueModel(config).to(policy.model.device)
     if value.backbone is not None:
-        value.backbone.load_state_dict(decoder.state_dict())
+        kept = value.backbone.state_dict().keys()
+        value.backbone.load_state_dict({name: weight for name, weight in decoder.state_dict().items() if name in kept})
     if zero_init:
         value.zero_head()
     return value
+
+
+def _cut(config: PreTrainedConfig, layers: int | None) -> PreTrainedConfig:
+    """A decoder's configuration with its first `layers` layers only."""
+    if layers is None:
+        return config
+    if not 0 < layers <= config.num_hidden_layers:
+        raise UserError(f"layers: must be between 1 and the base's {config.num_hidden_layers}, got {layers}")
+    values = config.to_dict()
+    values["num_hidden_layers"] = layers
+    if values.get("layer_types"):
+        values["layer_types"] = values["layer_types"][:layers]
+    return type(config).from_dict(values)
 
 
 def load_value_model(

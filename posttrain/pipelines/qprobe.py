@@ -5,7 +5,7 @@ Tables and features that are finished are not made again.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from posttrain.data.load import Row
 from posttrain.errors import UserError
 from posttrain.evaluation.arms import Arm, reranked_arm, sampled_arms
 from posttrain.evaluation.calibrate import apply_logistic, fit_logistic
@@ -22,7 +21,7 @@ from posttrain.evaluation.report import Figure, write_report
 from posttrain.models.features import FeatureSpec, Pooling, all_specs, cached_features
 from posttrain.models.load import Policy, end_ids, load_model
 from posttrain.models.probe import Probe
-from posttrain.pipelines.rollout import RolloutConfig, lengths_by_verdict, rollout
+from posttrain.pipelines.rollout import RolloutConfig, check_overlap, lengths_by_verdict, rollout
 from posttrain.provenance import plain, versions, write_json
 from posttrain.rollouts.collect import check_folder
 from posttrain.rollouts.engine import Sampling
@@ -105,7 +104,7 @@ def run(config: QProbeConfig, say: Callable[[str], None] = print) -> QProbeRun:
         "test": config.plan(config.test_split, config.test_prompts, config.k),
     }
     rows = {part: plan.rows() for part, plan in plans.items()}
-    _check_overlap(rows["train"], rows["test"])
+    check_overlap(rows["train"], rows["test"])
     for part in plans:
         check_folder(out / part, resume=True)
     policy = load_model(config.model, config.device, config.dtype)
@@ -131,15 +130,6 @@ def run(config: QProbeConfig, say: Callable[[str], None] = print) -> QProbeRun:
     seconds = test.manifest["seconds"] + train.manifest["seconds"] + learned
     arms["qprobe"] = reranked_arm("qprobe", f"Q-Probe, best of {config.k}", scores.tolist(), correct, lengths, seconds)
     return QProbeRun(config, policy, train, test, fitted, train_scores, scores, arms)
-
-
-def _check_overlap(train: Sequence[Row], test: Sequence[Row]) -> None:
-    """No test problem among the training ones: a file has no splits, and data sets have twins."""
-    shared = {row["problem"] for row in train} & {row["problem"] for row in test}
-    if shared:
-        raise UserError(
-            f"data: {len(shared)} test problems are training problems too, such as {min(shared)[:60]!r}; split them"
-        )
 
 
 def publish(run: QProbeRun, title: str, lead: str) -> None:

@@ -1,6 +1,6 @@
 """From a model's name and a data set's to a graded rollout table, and a page that shows it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import torch
 
 from posttrain.data.load import Row, load_rows
 from posttrain.data.prompts import shortened, template_for
+from posttrain.decoding.guide import ValueGuide
 from posttrain.errors import UserError
 from posttrain.evaluation.arms import sampled_arms
 from posttrain.evaluation.grades import grader_fingerprint
@@ -17,6 +18,7 @@ from posttrain.evaluation.report import Figure, write_report
 from posttrain.models.load import Policy
 from posttrain.rollouts.collect import check_prompts, collect, prompts_for
 from posttrain.rollouts.engine import Sampling
+from posttrain.rollouts.rollin import Prefix
 from posttrain.rollouts.table import RolloutTable
 from posttrain.rollouts.transformers import TransformersEngine
 
@@ -33,15 +35,22 @@ class RolloutConfig:
     sampling: Sampling = field(default_factory=Sampling)
     slots: int = 64
     shard_prompts: int | None = None
+    beta: float | None = None
 
     def __post_init__(self) -> None:
+        if self.beta is not None and not self.beta > 0:
+            raise UserError(f"beta: must be positive, got {self.beta}")
         for name in ("samples", "slots", "shard_prompts"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}: must be at least 1, got {value}")
         if self.samples > MAX_SAMPLES:
             raise UserError(f"samples: at most {MAX_SAMPLES} per prompt, got {self.samples}")
-        template_for(self.data, self.prompt)
+        _ = self.template  # refused now, not after the model is loaded
+
+    @property
+    def template(self) -> str:
+        return template_for(self.data, self.prompt)
 
     def rows(self) -> list[Row]:
         """The problems. Errors: UserError as `load_rows`."""
@@ -55,13 +64,18 @@ def rollout(
     out: Path,
     resume: bool,
     say: Callable[[str], None] = print,
+    guide: ValueGuide | None = None,
+    prefixes: Mapping[tuple[str, int], Prefix] | None = None,
 ) -> RolloutTable:
     """Shows one prompt as the model sees it, then collects; rows: those of the configuration.
 
+    guide: what guides at the configuration's beta; prefixes: what was rolled in (see `collect`).
     Errors: UserError naming the field, before anything is sampled.
     """
-    template = template_for(config.data, config.prompt)
-    engine = TransformersEngine(policy.model, policy.tokenizer, fingerprint=policy.fingerprint, slots=config.slots)
+    template = config.template
+    engine = TransformersEngine(
+        policy.model, policy.tokenizer, fingerprint=policy.fingerprint, slots=config.slots, guide=guide
+    )
     prompts = prompts_for(rows, policy.tokenizer, template)
     check_prompts(prompts, engine, config.sampling)
     say(f"prompt of row {prompts[0].id!r}, {len(prompts[0].ids)} tokens, as the model sees it:")
@@ -84,13 +98,26 @@ def rollout(
             "dtype": str(policy.model.dtype).removeprefix("torch."),
             "device": policy.model.device.type,
             "threads": torch.get_num_threads(),
+            **({"guidance": guide.settings} if guide else {}),
         },
+        beta=config.beta,
+        guide=guide.name if guide else None,
+        prefixes=prefixes,
         shard_prompts=config.shard_prompts,
         resume=resume,
     )
     if table.manifest["settings"].get("grader") != grader:
         say(f"{out} was graded by another version of the grader, and is kept; another folder would be graded anew")
     return table
+
+
+def check_overlap(train: Sequence[Row], test: Sequence[Row]) -> None:
+    """No test problem among the training ones: a file has no splits, and data sets have twins."""
+    shared = {row["problem"] for row in train} & {row["problem"] for row in test}
+    if shared:
+        raise UserError(
+            f"data: {len(shared)} test problems are training problems too, such as {min(shared)[:60]!r}; split them"
+        )
 
 
 def lengths_by_verdict(table: RolloutTable) -> dict[str, list[int]]:
@@ -118,8 +145,13 @@ def figures_of(table: RolloutTable) -> dict[str, str]:
         "grader errors": f"{shares['grader_error']:.3f}",
         "tokens, mean": f"{stats['mean']:.1f}",
         "tokens, p95": f"{stats['p95']:.0f}",
+        **({"KL, nats": f"{_mean(table.column('kl')):.3f}"} if any(table.column("guide")) else {}),
         "tokens/s": f"{sum(tokens) / max(table.manifest['seconds'], 1e-9):.0f}",
     }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def publish(table: RolloutTable) -> Path:

@@ -94,11 +94,9 @@ class TransformersEngine:
 class Guide(Protocol):
     """Turns a step's scores into guided ones (`posttrain.decoding.guide`); its sessions follow the batch, slot by slot.
 
-    reads_policy: whether it needs the policy's last hidden states; name: what rows are labelled with.
+    reads_policy: whether it needs the policy's last hidden states.
     """
 
-    name: str
-    settings: dict[str, Any]
     reads_policy: bool
 
     def session(self, slots: int, context: int) -> Any: ...

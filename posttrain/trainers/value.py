@@ -33,6 +33,9 @@ class ValueConfig(TrainingArguments):
     """
 
     learning_rate: float = field(default=2e-5, metadata={"help": "of AdamW"})
+    head_learning_rate: float | None = field(
+        default=None, metadata={"help": "of the head, which starts from nothing; default: learning_rate"}
+    )
     weight_decay: float = field(default=0.01, metadata={"help": "of AdamW"})
     max_grad_norm: float = field(default=5.0, metadata={"help": "gradients are clipped to this norm"})
     num_train_epochs: float = field(default=5, metadata={"help": "passes over the examples"})
@@ -99,6 +102,21 @@ class ValueTrainer(Trainer):
             compute_metrics=self._metrics,
         )
         self.model_accepts_loss_kwargs = True  # the loss below divides by the count of the whole step itself
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The usual one, with the head in groups of its own where it has a learning rate of its own."""
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(model)
+        if self.args.head_learning_rate is not None:
+            head = set(map(id, self.accelerator.unwrap_model(self.model).head.parameters()))
+            for group in list(optimizer.param_groups):
+                own = [parameter for parameter in group["params"] if id(parameter) in head]
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in head]
+                if own:
+                    optimizer.add_param_group({**group, "params": own, "lr": self.args.head_learning_rate})
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Tensor]:
         """A step's micro-batches, and how many labels they have on all ranks together."""

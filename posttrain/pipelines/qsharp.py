@@ -1,0 +1,343 @@
+"""Q# from beginning to end: collect, train, (repeat), evaluate (algorithm 1 of arXiv 2502.20548).
+
+Round one labels every token of whole completions of pi_ref with their outcome: the law of cutting and rolling out again, at
+half the sampling. A later round rolls in with the guided policy, cuts, rolls out with pi_ref, and trains anew on all rounds.
+
+    train/                  rollout table of pi_ref: round one
+    round-N/rollin/         (N > 1) completions of the policy that round N - 1 guides
+    round-N/rollouts/       (N > 1) those, cut and completed by pi_ref
+    round-N/value/          the value model
+    test/, guided/NAME/     what is measured: pi_ref, and guided policies
+    summary.json, report.html
+
+What is finished is not made again; a stage can be run alone.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from posttrain.decoding.guidance import Guidance
+from posttrain.decoding.guide import ValueGuide, load_guide
+from posttrain.decoding.reward_model import value_scores
+from posttrain.errors import UserError
+from posttrain.evaluation.arms import Arm, policy_arm, reranked_arm, sampled_arms, weighted_vote_arm
+from posttrain.evaluation.intervals import mean_interval
+from posttrain.evaluation.plots import frontier, length_histogram
+from posttrain.evaluation.report import Figure, write_report
+from posttrain.models.load import Policy, load_model
+from posttrain.pipelines.rollout import RolloutConfig, check_overlap, lengths_by_verdict, rollout
+from posttrain.pipelines.value_training import MADE_BY, ValueTraining, train_value
+from posttrain.provenance import plain, versions, write_json
+from posttrain.rollouts.collect import completion_seed, prompts_for
+from posttrain.rollouts.engine import Request, Sampling
+from posttrain.rollouts.rollin import cut_completions
+from posttrain.rollouts.table import RolloutTable, read_table
+from posttrain.rollouts.transformers import TransformersEngine
+
+Stage = Literal["collect", "train", "evaluate"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+MATCHING_PROMPTS = 64  # training prompts on which the beta is found at which CD has the KL of Q#
+MATCHING_STEPS = 7  # halvings of log beta between 1e-3 and 10
+
+
+@dataclass(frozen=True)
+class QSharpConfig:
+    """Settings of a run; the defaults are the embedded model's."""
+
+    out: str = field(metadata={"help": "the run's folder"})
+    model: str = field(default="tiny", metadata={"help": "pi_ref: tiny, a folder, a .gguf file or a hub id"})
+    data: str = field(default="arithmetic", metadata={"help": "a data set or a file; see posttrain rollout --help"})
+    prompt: str | None = field(default=None, metadata={"help": "the user turn, with a {problem} placeholder"})
+    train_split: str = field(default="train", metadata={"help": "where the value model's prompts come from"})
+    train_prompts: int = field(default=300, metadata={"help": "how many of them"})
+    train_samples: int = field(default=8, metadata={"help": "completions of pi_ref per training prompt, round one"})
+    rounds: int = field(default=2, metadata={"help": "rounds of collecting and training"})
+    rollin_samples: int = field(default=4, metadata={"help": "completions per training prompt in each later round"})
+    test_split: str = field(default="test", metadata={"help": "where guidance is measured"})
+    test_prompts: int = field(default=500, metadata={"help": "how many of its prompts"})
+    k: int = field(default=8, metadata={"help": "completions of pi_ref per test prompt"})
+    guided_samples: int = field(default=4, metadata={"help": "guided completions per test prompt"})
+    temperature: float = field(default=1.0, metadata={"help": "of all sampling"})
+    top_p: float = field(default=1.0, metadata={"help": "of all sampling; after the tilt"})
+    max_tokens: int = field(default=192, metadata={"help": "at most so many tokens per completion"})
+    beta: float = field(default=0.1, metadata={"help": "KL coefficient, for rolling in and for measuring"})
+    sweep: tuple[float, ...] = field(default=(), metadata={"help": "more betas, for accuracy against KL"})
+    guidance: Guidance = field(default_factory=Guidance, metadata={"help": "candidates, delta, outside, order"})
+    value: ValueTraining = field(default_factory=ValueTraining, metadata={"help": "the value model and its training"})
+    slots: int = field(default=64, metadata={"help": "requests in the running batch"})
+    shard_prompts: int = field(default=50, metadata={"help": "prompts per shard: what is redone after an interruption"})
+    device: str | None = field(default=None, metadata={"help": "cpu or cuda; default: cuda where there is one"})
+    dtype: str | None = field(default=None, metadata={"help": "of the policy; default: bfloat16 on cuda, else float32"})
+    seed: int = field(default=0, metadata={"help": "of problems, completions, cuts and training"})
+
+    def __post_init__(self) -> None:
+        for name in ("train_prompts", "train_samples", "test_prompts", "k"):
+            if getattr(self, name) < 2:
+                raise UserError(f"{name}: must be at least 2, got {getattr(self, name)}")
+        for name in ("rounds", "rollin_samples", "guided_samples"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        for beta in (self.beta, *self.sweep):
+            if not 0 < beta < math.inf:
+                raise UserError(f"beta: must be positive and finite, got {beta}")
+        if self.train_split == self.test_split:
+            raise UserError(f"test_split: {self.test_split} is the training split too; measure on another one")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A guided policy in the plane of accuracy and KL."""
+
+    law: str
+    beta: float
+    kl: float
+    accuracy: float
+    interval: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class QSharpRun:
+    """What an evaluation leaves: the arms, the points of the frontier, what the rounds' trainings said of themselves, and
+    the tables of pi_ref and of the last round's guided policy."""
+
+    config: QSharpConfig
+    policy: Policy
+    arms: dict[str, Arm]
+    points: list[Point]
+    rounds: list[dict[str, Any]]
+    test: RolloutTable
+    guided: RolloutTable
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What made the numbers."""
+        return {
+            "config": plain(self.config),
+            "policy": {"name": self.policy.name, "fingerprint": self.policy.fingerprint},
+            "rounds": self.rounds,
+            "versions": versions(),
+        }
+
+
+def run(
+    config: QSharpConfig, stage: Stage | None = None, number: int | None = None, say: Callable[[str], None] = print
+) -> QSharpRun | None:
+    """All stages, or one of them; of all rounds, or of round `number`. None where nothing was evaluated.
+
+    Errors: UserError naming the field, before anything is sampled where that is possible.
+    """
+    if number is not None and not 1 <= number <= config.rounds:
+        raise UserError(f"round: must be between 1 and the configuration's rounds, {config.rounds}, got {number}")
+    work = Work(config, say)
+    for each in range(1, config.rounds + 1) if number is None else (number,):
+        if stage in (None, "collect"):
+            work.collect(each)
+        if stage in (None, "train"):
+            work.train(each)
+    return work.evaluate() if stage in (None, "evaluate") else None
+
+
+class Work:
+    """The stages, on what lies in the run's folder."""
+
+    def __init__(self, config: QSharpConfig, say: Callable[[str], None] = print) -> None:
+        self.config, self.say, self.out = config, say, Path(config.out)
+        self.train_plan = self._plan(config.train_split, config.train_prompts, config.train_samples)
+        self.test_plan = self._plan(config.test_split, config.test_prompts, config.k)
+        self.train_rows, self.test_rows = self.train_plan.rows(), self.test_plan.rows()
+        check_overlap(self.train_rows, self.test_rows)
+        self.policy = load_model(config.model, config.device, config.dtype)
+        self.guide = cache(self._guide)
+
+    def _plan(self, split: str, limit: int, samples: int) -> RolloutConfig:
+        config = self.config
+        sampling = Sampling(config.temperature, config.top_p, max_tokens=config.max_tokens, seed=config.seed)
+        return RolloutConfig(
+            config.data, split, limit, config.prompt, samples, sampling, config.slots, config.shard_prompts
+        )
+
+    def _guide(self, number: int, law: Literal["qsharp", "cd"] = "qsharp") -> ValueGuide:
+        folder = self.out / f"round-{number}" / "value"
+        if not folder.is_dir():
+            raise UserError(f"stage: round {number} has no value model in {folder}; train it first (--stage train)")
+        return load_guide(folder, self.policy, replace(self.config.guidance, law=law))
+
+    def collect(self, number: int) -> None:
+        """A round's completions, labelled by how pi_ref ends them."""
+        if number == 1:
+            self.say(
+                f"round 1: {self.train_plan.samples} completions of each of {len(self.train_rows)} training prompts"
+            )
+            rollout(self.policy, self.train_plan, self.train_rows, self.out / "train", resume=True, say=self.say)
+            return
+        self.say(f"round {number}: rolling in with the guide of round {number - 1}, out without it")
+        folder = self.out / f"round-{number}"
+        # Each part has noise of its own: a roll-out that shared its roll-in's would be tied to it.
+        first, second = (
+            replace(self.train_plan.sampling, seed=self.config.seed + 1000 * number + part) for part in (0, 1)
+        )
+        plan = replace(self.train_plan, samples=self.config.rollin_samples)
+        rollin = rollout(
+            self.policy,
+            replace(plan, sampling=first, beta=self.config.beta),
+            self.train_rows,
+            folder / "rollin",
+            resume=True,
+            say=_silent,
+            guide=self.guide(number - 1),
+        )
+        rollout(
+            self.policy,
+            replace(plan, sampling=second),
+            self.train_rows,
+            folder / "rollouts",
+            resume=True,
+            say=_silent,
+            prefixes=cut_completions(rollin, second.seed),
+        )
+
+    def train(self, number: int) -> None:
+        """A round's value model, from its start, on the completions of all rounds so far."""
+        later = [self.out / f"round-{n}" / "rollouts" for n in range(2, number + 1)]
+        tables = [read_table(folder) for folder in (self.out / "train", *later)]
+        for table in tables:
+            table.expect_policy(self.policy.fingerprint)
+        self.say(f"round {number}: a value model ({self.config.value.head}) from {sum(map(len, tables))} completions")
+        folder = self.out / f"round-{number}" / "value"
+        made = train_value(self.policy, tables, self.config.value, folder, self.config.seed)
+        shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in made["metrics"].items())
+        self.say(f"round {number}: on held-out prompts, per token: {shown}")
+
+    def evaluate(self) -> QSharpRun:
+        """pi_ref, its votes and re-rankings, every round's guided policy, and CD at the KL of the last one."""
+        config = self.config
+        self.say(
+            f"test: {config.k} completions of each of {len(self.test_rows)} prompts, then {config.guided_samples} guided"
+        )
+        test = rollout(self.policy, self.test_plan, self.test_rows, self.out / "test", resume=True, say=_silent)
+        correct, answers = test.rectangle("correct"), test.rectangle("extracted")
+        lengths = [[len(ids) for ids in row] for row in test.rectangle("completion_ids")]
+        sampled = test.manifest["seconds"]
+        arms = sampled_arms(correct, answers, lengths, sampled)
+        trainings = [
+            json.loads((self.out / f"round-{n}" / "value" / MADE_BY).read_text(encoding="utf-8"))
+            for n in range(1, config.rounds + 1)
+            if self.guide(n)
+        ]
+        learned, guided, points = read_table(self.out / "train").manifest["seconds"], test, []
+        for number, training in enumerate(trainings, 1):
+            if number > 1:
+                parts = [read_table(self.out / f"round-{number}" / part) for part in ("rollin", "rollouts")]
+                learned += sum(part.manifest["seconds"] for part in parts)
+            learned += training["seconds"]
+            guided = self._guided(number, "qsharp", config.beta)
+            name = "qsharp" if number == 1 else f"qsharp_{number}"
+            title = f"Q#, round {number}, beta {config.beta:g}"
+            arms[name] = policy_arm(name, title, guided, learned)
+        points.append(_point("Q#", config.beta, guided))
+        beta = self.matched_beta(config.rounds)
+        matched = self._guided(config.rounds, "cd", beta)
+        arms["cd"] = policy_arm("cd", f"CD at that KL, beta {beta:.3g}", matched, learned)
+        points.append(_point("CD", beta, matched))
+        for beta in config.sweep:
+            points.append(_point("Q#", beta, self._guided(config.rounds, "qsharp", beta)))
+            points.append(_point("CD", beta, self._guided(config.rounds, "cd", beta)))
+        scores = self.scores(test)
+        arms["qsharp_best"] = reranked_arm(
+            "qsharp_best", f"Q# as reward model, best of {config.k}", scores, correct, lengths, sampled + learned
+        )
+        arms["qsharp_vote"] = weighted_vote_arm(
+            "qsharp_vote",
+            f"majority of {config.k} weighted by Q#",
+            scores,
+            answers,
+            correct,
+            lengths,
+            sampled + learned,
+        )
+        return QSharpRun(config, self.policy, arms, points, trainings, test, guided)
+
+    def scores(self, table: RolloutTable) -> list[list[float]]:
+        """E[R] of a table's completions [prompts, samples] by the last round's value model."""
+        rows = list(zip(table.column("prompt_ids"), table.column("completion_ids"), strict=True))
+        value = self.guide(self.config.rounds).value
+        found = value_scores(value, rows, self.policy.model)
+        return found.view(len(table.rectangle("reward")), -1).tolist()
+
+    def matched_beta(self, number: int) -> float:
+        """The beta at which CD, with the same value model, moves as far from pi_ref as Q# does, on training prompts."""
+        target = self.mean_kl(self.guide(number), self.config.beta)
+        guide = self.guide(number, "cd")
+        low, high = 1e-3, 10.0  # KL falls as beta grows
+        for _ in range(MATCHING_STEPS):
+            middle = math.sqrt(low * high)
+            low, high = (middle, high) if self.mean_kl(guide, middle) > target else (low, middle)
+        return math.sqrt(low * high)
+
+    def mean_kl(self, guide: ValueGuide, beta: float) -> float:
+        """KL per completion, in nats, on a few training prompts."""
+        policy, sampling = self.policy, self.train_plan.sampling
+        engine = TransformersEngine(
+            policy.model, policy.tokenizer, fingerprint=policy.fingerprint, slots=self.config.slots, guide=guide
+        )
+        prompts = prompts_for(self.train_rows[:MATCHING_PROMPTS], policy.tokenizer, self.train_plan.template)
+        requests = [
+            Request(i, prompt.ids, replace(sampling, seed=completion_seed(sampling.seed, prompt.id, 0)), beta)
+            for i, prompt in enumerate(prompts)
+        ]
+        return sum(done.kl for done in engine.generate(requests)) / len(requests)
+
+    def _guided(self, number: int, law: Literal["qsharp", "cd"], beta: float) -> RolloutTable:
+        plan = replace(self.test_plan, samples=self.config.guided_samples, beta=beta)
+        folder = self.out / "guided" / f"{law}-{number}-beta-{beta:.4g}"
+        return rollout(
+            self.policy, plan, self.test_rows, folder, resume=True, say=_silent, guide=self.guide(number, law)
+        )
+
+
+def publish(result: QSharpRun, title: str, lead: str) -> None:
+    """`summary.json` and `report.html` in the run's folder."""
+    out = Path(result.config.out)
+    summary = {name: arm.summary() for name, arm in result.arms.items()}
+    write_json(out / "summary.json", {"arms": summary, "frontier": result.points, "manifest": result.manifest})
+    write_report(
+        out / "report.html",
+        title=title,
+        lead=lead,
+        arms=result.arms,
+        figures=figures(result),
+        table=result.guided,
+        scores=None,
+        definitions=("pass@1", "maj@k", "best-of-k", "pass@k", "KL", "tokens", "seconds", "interval"),
+        manifest=result.manifest,
+    )
+
+
+def figures(result: QSharpRun) -> list[Figure]:
+    laws: dict[str, list[Point]] = {}
+    for point in sorted(result.points, key=lambda point: point.kl):
+        laws.setdefault(point.law, []).append(point)
+    base = result.arms["base"]
+    return [
+        Figure(
+            frontier(laws, base.accuracy, base.interval),
+            "Accuracy of one sample against the KL that guidance spends; the same value model, labelled with beta.",
+        ),
+        Figure(length_histogram(lengths_by_verdict(result.guided)), "Lengths of guided completions by verdict."),
+    ]
+
+
+def _point(law: str, beta: float, table: RolloutTable) -> Point:
+    per_problem = [sum(row) / len(row) for row in table.rectangle("correct")]
+    kl = table.column("kl")
+    accuracy = sum(per_problem) / len(per_problem)
+    return Point(law, beta, sum(kl) / len(kl), accuracy, mean_interval(per_problem))
+
+
+def _silent(_: str) -> None:
+    """The prompt has been shown already."""

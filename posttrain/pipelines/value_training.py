@@ -1,0 +1,134 @@
+"""From rollout tables to a saved value model: once, and from where an interrupted training stood."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from posttrain.errors import UserError
+from posttrain.models.load import Policy
+from posttrain.models.value import Head, new_value_model
+from posttrain.provenance import hash_json, plain, versions, write_json
+from posttrain.rollouts.table import RolloutTable
+
+MADE_BY = "made_by.json"
+
+
+@dataclass(frozen=True)
+class ValueTraining:
+    """What a value model is, and how it is trained; defaults of training: the released code's."""
+
+    head: Head = field(default="shared", metadata={"help": "v, q or shared"})
+    base: str | None = field(default=None, metadata={"help": "what the value model starts from; default: the policy"})
+    layers: int | None = field(default=None, metadata={"help": "only so many of the base's layers"})
+    atoms: tuple[float, ...] | None = field(default=None, metadata={"help": "of the return; default: right or wrong"})
+    zero_init: bool = field(default=True, metadata={"help": "the head starts at zero: no guidance"})
+    learning_rate: float = field(default=2e-5, metadata={"help": "of the backbone, AdamW"})
+    head_learning_rate: float | None = field(default=None, metadata={"help": "of the head; default: learning_rate"})
+    epochs: float = field(default=5.0, metadata={"help": "passes over the completions"})
+    batch_size: int = field(default=32, metadata={"help": "completions per step and device"})
+    weight_decay: float = field(default=0.01, metadata={"help": "of AdamW"})
+    reduction: Literal["row", "token"] = field(
+        default="row", metadata={"help": "mean of each completion first, or over all tokens"}
+    )
+    bf16: bool = field(default=False, metadata={"help": "bfloat16 forward; weights stay float32"})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory, a second forward"})
+    packing: bool = field(default=False, metadata={"help": "no padding; for flash attention"})
+    lora_rank: int | None = field(default=None, metadata={"help": "LoRA on the backbone; default: full fine-tuning"})
+    eval_fraction: float = field(default=0.1, metadata={"help": "share of the prompts that is held out"})
+    drop_unanimous: bool = field(default=True, metadata={"help": "leave out prompts whose completions all agree"})
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "epochs", "batch_size"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name}: must be positive, got {getattr(self, name)}")
+        if not 0 < self.eval_fraction < 1:
+            raise UserError(f"eval_fraction: must be between 0 and 1, got {self.eval_fraction}")
+
+
+def train_value(
+    policy: Policy,
+    tables: Sequence[RolloutTable],
+    config: ValueTraining,
+    folder: Path,
+    seed: int = 0,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Trains a value model from its start and saves it; what was made by the same tables and settings is kept.
+
+    Returns what `made_by.json` says: seconds, the metrics on held-out prompts, and those by position.
+    Errors: UserError naming `value` for a folder that something else made, or as the examples and the model say.
+    """
+    key = hash_json(
+        [
+            [table.manifest["shards"] for table in tables],
+            policy.fingerprint,
+            str(policy.model.dtype),
+            seed,
+            plain(config),
+        ]
+    )
+    if (folder / MADE_BY).is_file():
+        made = json.loads((folder / MADE_BY).read_text(encoding="utf-8"))
+        if made["key"] != key:
+            raise UserError(
+                f"value: {folder} was trained on other completions or with other settings; delete it, or give another out"
+            )
+        return made
+    from peft import LoraConfig  # with the trainer below, seconds of import
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from posttrain.trainers.value import ValueConfig, ValueTrainer
+    from posttrain.trainers.value_examples import examples_of, split_by_prompt
+
+    started = time.perf_counter()
+    train, held_out = split_by_prompt(examples_of(tables, config.drop_unanimous), config.eval_fraction, seed)
+    atoms = list(config.atoms) if config.atoms else None
+    value = new_value_model(policy, config.head, config.base, config.layers, atoms, config.zero_init, seed=seed)
+    scratch = folder.with_name(f"{folder.name}-checkpoints-{key[:12]}")
+    trainer = ValueTrainer(
+        value,
+        ValueConfig(
+            output_dir=str(scratch),
+            learning_rate=config.learning_rate,
+            head_learning_rate=config.head_learning_rate,
+            num_train_epochs=config.epochs,
+            per_device_train_batch_size=config.batch_size,
+            per_device_eval_batch_size=2 * config.batch_size,
+            weight_decay=config.weight_decay,
+            reduction=config.reduction,
+            bf16=config.bf16,
+            gradient_checkpointing=config.gradient_checkpointing,
+            packing=config.packing,
+            use_cpu=policy.model.device.type == "cpu",
+            logging_strategy="epoch",
+            disable_tqdm=None,
+            seed=seed,
+        ),
+        train,
+        held_out,
+        trunk=policy.model if config.head == "shared" else None,
+        peft_config=LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear")
+        if config.lora_rank
+        else None,
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(scratch)) if scratch.is_dir() else None)
+    metrics = {name.removeprefix("eval_"): float(number) for name, number in trainer.evaluate().items()}
+    trainer.save(folder)
+    made = {
+        "key": key,
+        "policy": policy.fingerprint,
+        "config": plain(config),
+        "seed": seed,
+        "completions": {"train": len(train), "held_out": len(held_out)},
+        "metrics": {name: metrics[name] for name in ("loss", "auc", "calibration_error", "explained_variance")},
+        "by_position": trainer.by_position,
+        "seconds": time.perf_counter() - started,
+        "versions": versions(),
+    }
+    write_json(folder / MADE_BY, made)
+    shutil.rmtree(scratch, ignore_errors=True)
+    return made
