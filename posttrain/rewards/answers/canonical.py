@@ -6,6 +6,7 @@ themselves, other expressions a fingerprint of their values at fixed points.
 
 from fractions import Fraction
 
+from posttrain.rewards.answers import budget
 from posttrain.rewards.answers.agreement import points
 from posttrain.rewards.answers.exact import rational
 from posttrain.rewards.answers.expressions import numerator, same_expression
@@ -39,8 +40,12 @@ DIGITS = 25
 def canonical(answer: str) -> str:
     """The key of an answer's value: "0.50" and "\\frac{1}{2}" give "1/2"; what cannot be read, its own spelling."""
     text = respell(answer)
-    found = readings(text, trusted=True)
-    return key(found[0]) if found else squeeze(text)
+    budget.start()
+    try:
+        found = readings(text, trusted=True)
+        return key(found[0]) if found else squeeze(text)
+    except budget.Exhausted:
+        return squeeze(text)
 
 
 def key(node: Node) -> str:
@@ -96,8 +101,9 @@ def _values(node: Node) -> list[str]:
     for real in (True, False):
         for point in points(node):
             try:
-                at = Evaluation(point, 4 * DIGITS + 200, real)
-                found.append(at.mp.nstr(at.value(node), DIGITS))
+                at = Evaluation(point, 4 * DIGITS + 200, real, final=True)
+                x = at.value(node)
+                found.append("0" if at.is_zero(x, at.error) else at.mp.nstr(x, DIGITS))
             except NO_VALUE:
                 continue
             if len(found) == 2 or not point:
