@@ -11,20 +11,21 @@ import random
 from collections.abc import Callable
 from fractions import Fraction
 
-from posttrain.rewards.answers.numeric import (
+from posttrain.rewards.answers.bounds import (
     GUARD,
     MOST_BITS,
     NO_VALUE,
-    Evaluation,
     Uncertain,
     Undefined,
     Unknown,
     Value,
 )
+from posttrain.rewards.answers.numeric import Evaluation
 from posttrain.rewards.answers.tree import Apply, Node, Num, variables, walk
 
 WORKING_BITS = 200
 MARGIN = 100  # bits that two equal values must share beyond everything that could make them differ
+MOST_ATTEMPTS = 4  # each with more digits than the one before
 ENOUGH = 2  # points where both sides are real
 COUNTING = frozenset(("factorial", "factorial2", "binom", "sum", "prod", "gcd", "lcm"))
 
@@ -85,23 +86,23 @@ def decide(pair: Pair, *trees: Node) -> bool | None:
 
 
 def _agree(pair: Pair, point: Point, real: bool, literals: int) -> bool:
-    first = Evaluation(point, WORKING_BITS, real)
-    try:
-        if _differ(first, pair(first)):
-            return False
-    except Uncertain:
-        pass
-    resolution = MARGIN + 2 * literals + 2 * first.depth
-    bits = WORKING_BITS + resolution + 2 * first.lost
-    if bits > 2 * MOST_BITS:
-        raise Unknown
-    second = Evaluation(point, bits, real, final=True)
-    numbers = pair(second)
-    if _differ(second, numbers):
-        return False
-    if any(error > -resolution and error > second.size(x) - MARGIN for x, error in numbers):
-        raise Unknown  # they agree as far as can be seen, which is not far
-    return True
+    bits = WORKING_BITS
+    for attempt in range(MOST_ATTEMPTS):
+        at = Evaluation(point, bits, real, final=attempt > 0)
+        numbers = None
+        try:
+            numbers = pair(at)
+            if _differ(at, numbers):
+                return False
+        except Uncertain:
+            pass
+        resolution = MARGIN + 2 * literals + 2 * at.depth
+        if numbers and at.final and max(error for _, error in numbers) <= -resolution:
+            return True
+        bits = max(bits, WORKING_BITS + resolution + 2 * at.lost)
+        if bits > 2 * MOST_BITS:
+            break
+    raise Unknown  # they agree as far as can be seen, which is not far
 
 
 def _differ(at: Evaluation, numbers: Numbers) -> bool:

@@ -1,8 +1,9 @@
 """Are two scalar expressions, equations or inequalities the same?"""
 
 from posttrain.rewards.answers.agreement import WORKING_BITS, Numbers, decide, points, same_value
+from posttrain.rewards.answers.bounds import NO_VALUE, Unknown
 from posttrain.rewards.answers.exact import PRIME, NotExact, rational, residue
-from posttrain.rewards.answers.numeric import NO_VALUE, Evaluation, Unknown
+from posttrain.rewards.answers.numeric import Evaluation
 from posttrain.rewards.answers.tree import ONE, Apply, Node, Num, add, mul, power, variables
 
 SEEDS = (1, 2, 3)

@@ -230,4 +230,6 @@ def applied(name: str, argument: Node, base: Node | None) -> Node:
             return root(argument, number(3))
         case "exp":
             return power(E, argument)
+        case "coth":
+            return quotient(Apply("cosh", (argument,)), Apply("sinh", (argument,)))
     return Apply(name, (argument,))
