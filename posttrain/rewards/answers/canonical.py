@@ -73,7 +73,7 @@ def key(node: Node) -> str:
         case Relation((left, right), ("=",)) if is_expression(left) and is_expression(right):
             return _equation_key(numerator(difference(left, right))) or show(node)
         case Listing(items):
-            return "{" + ", ".join(sorted({key(item) for item in items})) + "}"
+            return "{" + ", ".join(sorted(key(item) for item in items)) + "}"
         case Tuple(items):
             return "(" + ", ".join(key(item) for item in items) + ")"
         case Matrix(rows) if len(rows) == 1 or len(rows[0]) == 1:
