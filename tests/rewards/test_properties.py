@@ -2,7 +2,6 @@
 
 import time
 
-import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 

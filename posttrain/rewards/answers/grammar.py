@@ -10,19 +10,21 @@ Nesting, length and the size of literals are bounded, so that every parse ends s
 ParseError.
 """
 
+import itertools
 from fractions import Fraction
 
 from posttrain.rewards.answers import units
 from posttrain.rewards.answers.brackets import Brackets
 from posttrain.rewards.answers.cursor import CLOSING, MONEY, SET_OPERATIONS
 from posttrain.rewards.answers.lexer import ParseError, Token
-from posttrain.rewards.answers.linear import product, total
+from posttrain.rewards.answers.linear import product, total, transpose
 from posttrain.rewards.answers.literals import literal_value
 from posttrain.rewards.answers.number_words import SMALL
 from posttrain.rewards.answers.tree import (
     EMPTY_SET,
     Apply,
     Based,
+    Matrix,
     Node,
     Num,
     Ratio,
@@ -33,6 +35,8 @@ from posttrain.rewards.answers.tree import (
     power,
     quotient,
 )
+
+TRANSPOSED = (Sym("T"), Sym("top"), Sym("intercal"))
 
 
 class Grammar(Brackets):
@@ -117,7 +121,7 @@ class Grammar(Brackets):
         token = self.peek()
         if self.latex or not isinstance(node, Num) or token is None or token.kind != "sym" or not token.space:
             return False
-        rest = self.stream[self.at :]
+        rest = list(itertools.takewhile(lambda t: t.kind != "num" or not t.space, self.stream[self.at :]))
         return len(rest) < 10 and all(
             t.text in units.LETTERS if t.kind == "sym" else t.kind == "num" or t.text in ("/", "^", "-", "{", "}")
             for t in rest
@@ -213,7 +217,7 @@ class Grammar(Brackets):
             self.take()
             exponent = self.raised(exponent)
         self.depth -= 1
-        return power(base, exponent)
+        return transpose(base) if exponent in TRANSPOSED and isinstance(base, Matrix) else power(base, exponent)
 
     def degrees(self, node: Node) -> Node:
         """After a degree sign: of an angle or, with a C or F behind it, of temperature."""
@@ -291,7 +295,7 @@ class Grammar(Brackets):
                 return self.macro(token.text)
         if token.text in MONEY:
             self.money = token.text
-            return self.factor()
+            return self.mixed_number() or self.factor()
         if token.text == "dots":
             return Sym("…")
         if token.text == "|":

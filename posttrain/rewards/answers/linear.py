@@ -57,3 +57,7 @@ def total(terms: tuple[Node, ...]) -> Node:
     if any(isinstance(t, Matrix | Tuple) for t in terms):
         raise ParseError("sum of unlike things")
     return Apply("add", terms)
+
+
+def transpose(matrix: Matrix) -> Matrix:
+    return Matrix(tuple(zip(*matrix.rows, strict=True)))
