@@ -65,6 +65,7 @@ class Measures(Macros):
                 token.kind == "word"
                 or (token.kind == "run" and not self.is_relation())
                 or (token.kind in ("sym", "fn") and (token.upright or pieces or self.is_letter_unit(node)))
+                or (token.kind == "fn" and self.is_time_unit())
                 or (token.kind == "op" and token.text in MONEY | {"%", "cent", "°"})
             ):
                 pieces.append(self.take().text)

@@ -17,7 +17,7 @@ _ALIASES = {
     "percentage": "%", "dollar": "$",
     "usd": "$", "buck": "$", "cent": "cent", "euro": "€", "eur": "€", "sq": "square", "cu": "cubic", "mph": "mi/h",
     "kph": "km/h",
-    "unit": "unit", "yen": "¥",
+    "unit": "unit", "lbs": "lb", "yen": "¥",
     "rupee": "₹", "inr": "₹", "gbp": "£", "pence": "penny", "pennie": "penny", "people": "person", "men": "man", "women": "woman",
     "children": "child",
 }  # fmt: skip
