@@ -148,6 +148,10 @@ EQUAL: dict[str, list[tuple[str, str]]] = {
         (r"\begin{pmatrix}6 & 8 \\ 10 & 12\end{pmatrix}", r"\begin{pmatrix}1 & 2 \\ 3 & 4\end{pmatrix} + \begin{pmatrix}5 & 6 \\ 7 & 8\end{pmatrix}"),
         (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", "[[1,2],[3,4]]"), (r"A = \begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
     ],
+    "what is named": [
+        ("(1,2)", "the ordered pair (1,2)"), ("[1,2)", r"\text{the interval } [1,2)"), ("AB=10", "|AB|=10"), (r"P(A|B)=\frac13", "1/3"),
+        ("(-1,-2)", "-(1,2)"), (r"(1,1)", r"\begin{pmatrix}1\\2\end{pmatrix}-\begin{pmatrix}0\\1\end{pmatrix}"),
+    ],
     "lists and sets": [
         (r"\emptyset", "{}"), (r"\left\{1,2\right\}", r"\{ 2, 1 \}"),
         ("3, 5, 7", "3, 7, 5"), ("1,-2", "-2, 1"), (r"\{1,2\}", "2, 1"), (r"\{1,2\}", r"\{2,1\}"), ("2, 3, \\text{ and } 4", "2,3,4"), ("12\\text{ and }13", "13, 12"),

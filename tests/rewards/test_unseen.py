@@ -4,10 +4,12 @@ import pytest
 
 from posttrain.rewards.equality import decide
 from posttrain.rewards.math import grade
-from tests.rewards import near_misses, oddities
+from tests.rewards import near_misses, oddities, typical
 
-EQUAL = [pair for pairs in near_misses.EQUAL.values() for pair in pairs] + oddities.EQUAL
-DIFFERENT = [pair for pairs in near_misses.DIFFERENT.values() for pair in pairs] + oddities.DIFFERENT
+EQUAL = [pair for pairs in near_misses.EQUAL.values() for pair in pairs] + oddities.EQUAL + typical.EQUAL
+DIFFERENT = (
+    [pair for pairs in near_misses.DIFFERENT.values() for pair in pairs] + oddities.DIFFERENT + typical.DIFFERENT
+)
 
 
 @pytest.mark.parametrize(("a", "b"), [*EQUAL, *((b, a) for a, b in EQUAL)])

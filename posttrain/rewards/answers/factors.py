@@ -8,7 +8,7 @@ from posttrain.rewards.answers import units
 from posttrain.rewards.answers.brackets import Brackets
 from posttrain.rewards.answers.cursor import CLOSING, MONEY
 from posttrain.rewards.answers.lexer import ParseError, Token
-from posttrain.rewards.answers.linear import product, transpose
+from posttrain.rewards.answers.linear import opposite, product, transpose
 from posttrain.rewards.answers.literals import literal_value
 from posttrain.rewards.answers.number_words import SMALL
 from posttrain.rewards.answers.tree import (
@@ -20,7 +20,6 @@ from posttrain.rewards.answers.tree import (
     Num,
     Sym,
     Tuple,
-    negative,
     number,
     power,
     quotient,
@@ -39,7 +38,7 @@ class Factors(Brackets):
         if sign in ("-", "+", "pm", "mp"):
             self.take()
             node = self.factor()
-            node = negative(node) if sign == "-" else node if sign == "+" else Apply(sign, (node,))
+            node = opposite(node) if sign == "-" else node if sign == "+" else Apply(sign, (node,))
         else:
             node = self.postfix(self.primary())
         self.depth -= 1

@@ -15,14 +15,13 @@ from posttrain.rewards.answers import units
 from posttrain.rewards.answers.cursor import SET_OPERATIONS
 from posttrain.rewards.answers.factors import Factors
 from posttrain.rewards.answers.lexer import ParseError
-from posttrain.rewards.answers.linear import product, total
+from posttrain.rewards.answers.linear import opposite, product, total
 from posttrain.rewards.answers.literals import literal_value
 from posttrain.rewards.answers.tree import (
     Apply,
     Node,
     Num,
     Ratio,
-    negative,
     quotient,
 )
 
@@ -56,7 +55,7 @@ class Grammar(Factors):
         sign = self.take().text if self.op() in ("+", "-", "pm", "mp") else "+"
         while True:
             term = self.term()
-            terms.append(negative(term) if sign == "-" else Apply(sign, (term,)) if sign in ("pm", "mp") else term)
+            terms.append(opposite(term) if sign == "-" else Apply(sign, (term,)) if sign in ("pm", "mp") else term)
             if self.op() not in ("+", "-", "pm", "mp"):
                 break
             sign = self.take().text

@@ -25,6 +25,7 @@ from posttrain.rewards.answers.tree import (
 
 ARTICLES = frozenset(("a", "an", "the"))
 LEAD_INS = frozenset("approximately about exactly only option choice part".split())
+THINGS = frozenset("a an the ordered point points pair pairs triple vector matrix interval set coordinates".split())
 NOTHING = frozenset(
     ("none", "empty", "empty set", "no solution", "no solutions", "no real solutions", "no real solution",
      "there are no solutions",
@@ -76,6 +77,7 @@ class Parser(Measures):
     def item(self) -> Node:
         if self.op() in ("~", "="):
             self.take()  # "≈ 5": nothing on the left
+        self.skip_kind_of_thing()
         words = self.leading_words()
         if not words or words[-1].text.lower() in LEAD_INS:
             return self.relation()
@@ -87,6 +89,14 @@ class Parser(Measures):
         return as_words([*words, *self.rest_of_text()])
 
     # -- words
+
+    def skip_kind_of_thing(self) -> None:
+        """`the point (1, 2)` is (1, 2)."""
+        start = self.at
+        while (token := self.peek()) and token.text.lower() in THINGS and (token.kind == "word" or token.upright):
+            self.at += 1
+        if self.op() not in ("(", "[", "⟨", "{|") and not self.is_macro("begin"):
+            self.at = start
 
     def leading_words(self) -> list[Token]:
         """The words at the start of an item; none where they are multiplied or applied."""
