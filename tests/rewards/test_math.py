@@ -127,6 +127,9 @@ def children(command: str) -> list[str]:
         [r"\text{East}", "east"],
         ["52_8", "52_{8}"],
         [r"\sqrt{-4}", "2i"],
+        [r"\frac{1+i\sqrt3}{2}", r"e^{i\pi/3}"],
+        [r"\sqrt2", r"(10^{100}+\sqrt2)-10^{100}"],
+        [r"\sqrt8, 3, 2\sqrt2", r"3, \sqrt8, \sqrt8"],
     ],
 )
 def test_spellings_of_one_answer_vote_together(spellings: list[str]) -> None:
@@ -134,7 +137,17 @@ def test_spellings_of_one_answer_vote_together(spellings: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("a", "b"), [("1/2", "1/3"), ("0.333", "1/3"), ("x", "y"), ("(1,2)", "(2,1)"), ("[0,1)", "[0,1]"), ("3.14", r"\pi")]
+    ("a", "b"),
+    [
+        ("1/2", "1/3"),
+        ("0.333", "1/3"),
+        ("x", "y"),
+        ("(1,2)", "(2,1)"),
+        ("[0,1)", "[0,1]"),
+        ("3.14", r"\pi"),
+        (r"\sqrt8, \sqrt8, 3", r"\sqrt8, 3, 3"),
+        (r"(10^{100}+\sqrt2)-10^{100}", r"(10^{100}+\sqrt3)-10^{100}"),
+    ],
 )
 def test_different_answers_vote_apart(a: str, b: str) -> None:
     assert canonical(a) != canonical(b)

@@ -22,6 +22,6 @@ def test_different_either_way_round(a: str, b: str) -> None:
     assert decide(a, b).verdict == "different"
 
 
-@pytest.mark.parametrize(("gold", "completion", "right"), oddities.COMPLETIONS)
+@pytest.mark.parametrize(("gold", "completion", "right"), oddities.COMPLETIONS + typical.COMPLETIONS)
 def test_completions(gold: str, completion: str, right: bool) -> None:
     assert grade(completions=[completion], golds=[gold])[0].correct is right
