@@ -16,8 +16,7 @@ from posttrain.config import build, read_yaml
 from posttrain.data.load import Row, load_rows
 from posttrain.data.prompts import BOXED, template_for
 from posttrain.errors import UserError, nearest
-from posttrain.rewards.answers.readings import readings
-from posttrain.rewards.answers.spelling import respell
+from posttrain.rewards.math import readable
 from posttrain.rollouts.engine import Sampling
 
 PRESETS = Path(__file__).with_name("evals")
@@ -174,8 +173,3 @@ def data_sha256(rows: Sequence[Row]) -> str:
         for row in rows
     )
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def readable(gold: str) -> bool:
-    """Whether the grader finds a meaning in a gold answer."""
-    return bool(readings(respell(gold), trusted=True))

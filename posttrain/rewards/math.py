@@ -3,6 +3,7 @@
     extract_answer("... so \\boxed{42}.")                     -> "42"
     equal(gold="1/2", pred="0.5")                             -> "equal"
     grade(completions=[...], golds=[...])                     -> [Grade(verdict, answer, rule), ...]
+    readable("\\frac{1}{")                                    -> False
 
 Verdicts: `equal`, `different`, `no_answer` (nothing is stated), `timeout` and `error` (counted apart, never right).
 No text is ever evaluated as code; how it is read is told by `extract`, `parser` and `equality`, in the order in which
@@ -13,14 +14,16 @@ import time
 from collections.abc import Sequence
 
 from posttrain.errors import UserError
-from posttrain.rewards.answers import algebra
+from posttrain.rewards.answers import algebra, budget
 from posttrain.rewards.answers.canonical import canonical
+from posttrain.rewards.answers.readings import readings
+from posttrain.rewards.answers.spelling import respell
 from posttrain.rewards.equality import decide
 from posttrain.rewards.extract import extract
 from posttrain.rewards.pool import grade_in_pool, worth_sharing
 from posttrain.rewards.verdict import Grade, Verdict
 
-__all__ = ["Grade", "Verdict", "canonical", "equal", "extract_answer", "grade"]
+__all__ = ["Grade", "Verdict", "canonical", "equal", "extract_answer", "grade", "readable"]
 
 BATCH = 64  # answers between two looks at the clock
 
@@ -33,6 +36,15 @@ def extract_answer(text: str) -> str | None:
 def equal(*, gold: str, pred: str) -> Verdict:
     """Whether an answer (not a whole completion) equals the gold."""
     return decide(gold, pred).verdict
+
+
+def readable(gold: str) -> bool:
+    """Whether a gold is an answer that can be read; one that is not equals nothing but its own spelling."""
+    budget.start()
+    try:
+        return bool(readings(respell(gold), trusted=True))
+    except budget.Exhausted:
+        return False
 
 
 def grade(*, completions: Sequence[str], golds: Sequence[str]) -> list[Grade]:

@@ -29,7 +29,7 @@ class TooLate(Exception):
 class Worker:
     """`task`: what it does with a question. `seconds`: CPU time for each. `megabytes`: memory."""
 
-    def __init__(self, task: str, seconds: int, megabytes: int):
+    def __init__(self, task: str, seconds: float, megabytes: int):
         package = str(Path(posttrain.__file__).parents[1])
         path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
         self._child = subprocess.Popen(

@@ -25,7 +25,7 @@ _STATED = re.compile(
     r"""
     s? (?: \s (?:to|for|of) \s (?:the|this|that|part) \b [^.:;=\n$\\]{0,80}? )?
     (?: \s (?:choice|option|key) )?
-    (?: [\s*_}"]*+ (?: [:：=] | 是 | 为 | 為 )
+    (?: [\s*_}"]*+ (?: [:：] | =(?!=) | 是 | 为 | 為 )
       | [\s*_]*+ (?: is|was|are|(?:will|would|must|should)\sbe|equals|comes\s(?:out\s)?to|es|est|ist|lautet ) (?![a-z])
         [\s*_]*+ [:：]?
       | \s*+ (?= \$ | \\[(\[] )

@@ -49,7 +49,8 @@ EQUAL: dict[str, list[tuple[str, str]]] = {
         (r"33\frac{1}{3}\%", r"\frac{100}{3}\%"), (r"50\%", r"\frac{1}{2}"), ("28%", "28 percentage"),
     ],
     "units": [
-        ("25", r"25^\circ C"), ("25", "25°C"), (r"25^\circ\text{C}", r"25^{\circ}\mathrm{C}"), ("5 m/s", r"5\text{ m s}^{-1}"), (r"9.8\text{ m/s}^2", "9.8 m s^{-2}"), ("3 m/s", "3 meters per second"),
+        ("30", "30 min"), ("30", "30 sec"), ("5 ft 10 in", "70 inches"), ("5 lbs 4 oz", "84 ounces"), ("2 min 30 s", "150 seconds"),
+        ("3 dollars and 25 cents", "$3.25"), ("£5", "5 pounds"), ("25", r"25^\circ C"), ("25", "25°C"), (r"25^\circ\text{C}", r"25^{\circ}\mathrm{C}"), ("5 m/s", r"5\text{ m s}^{-1}"), (r"9.8\text{ m/s}^2", "9.8 m s^{-2}"), ("3 m/s", "3 meters per second"),
         (r"864 \mbox{ inches}^2", "864"), (r"15\mbox{ cm}^2", "15"), ("15", r"15 \text{ cm}^2"), (r"15\text{ cm}^2", "15 square centimeters"),
         (r"90^\circ", "90"), ("90", "90°"), (r"90^{\circ}", "90 degrees"), (r"\frac{270}7\text{ degrees}", r"\frac{270}{7}"), ("5", "5 cm"),
         ("5", "5 m"), ("5", r"5\,\text{m/s}"), ("10", r"10 \text{ units}"), (r"10\text{ units}", "10 square units"), ("72", "72 km/h"),
@@ -147,6 +148,10 @@ EQUAL: dict[str, list[tuple[str, str]]] = {
         (r"\begin{pmatrix}6 & 8 \\ 10 & 12\end{pmatrix}", r"\begin{pmatrix}1 & 2 \\ 3 & 4\end{pmatrix} + \begin{pmatrix}5 & 6 \\ 7 & 8\end{pmatrix}"),
         (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", "[[1,2],[3,4]]"), (r"A = \begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
     ],
+    "what is named": [
+        ("(1,2)", "the ordered pair (1,2)"), ("[1,2)", r"\text{the interval } [1,2)"), ("AB=10", "|AB|=10"), (r"P(A|B)=\frac13", "1/3"),
+        ("(-1,-2)", "-(1,2)"), (r"(1,1)", r"\begin{pmatrix}1\\2\end{pmatrix}-\begin{pmatrix}0\\1\end{pmatrix}"),
+    ],
     "lists and sets": [
         (r"\emptyset", "{}"), (r"\left\{1,2\right\}", r"\{ 2, 1 \}"),
         ("3, 5, 7", "3, 7, 5"), ("1,-2", "-2, 1"), (r"\{1,2\}", "2, 1"), (r"\{1,2\}", r"\{2,1\}"), ("2, 3, \\text{ and } 4", "2,3,4"), ("12\\text{ and }13", "13, 12"),
@@ -193,7 +198,7 @@ DIFFERENT: dict[str, list[tuple[str, str]]] = {
     ],
     "percents and units": [
         (r"28\%", "0.28%"), ("28", "0.28"), ("0.28", "28"), (r"28\%", "29"), (r"5 \text{ cm}", "5 m"), (r"\$5", "5 cents"), ("$5", "€5"), (r"15\text{ cm}^2", r"15\text{ cm}^3"),
-        ("5 miles", "5 km"), (r"10\text{ units}", "100"), ("5 million", "5 billion"), ("9 a.m.", "9 p.m."), ("2k", "2"), ("3R^2", "3"), ("5m", "5"), ("5 hours", "5 minutes"),
+        ("5 miles", "5 km"), (r"10\text{ units}", "100"), ("5 million", "5 billion"), ("9 a.m.", "9 p.m."), ("2k", "2"), ("3R^2", "3"), ("5m", "5"), ("5 hours", "5 minutes"), ("2 hours 30 minutes", "2.3 hours"), ("5 ft 10 in", "5.1 ft"),
         ("5", "5x"), ("5", "5 not"), ("5 kg", "5 g"),
     ],
     "bases": [("52_8", "52_7"), ("52_8", "42"), ("204_5", "204_6"), (r"1112112_3", "1112122_3"), ("52_8", "25_8"), (r"\text{A5}_{11}", r"\text{A6}_{11}")],

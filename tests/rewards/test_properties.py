@@ -2,7 +2,6 @@
 
 import time
 
-import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -86,12 +85,37 @@ def test_stable_under_spelling(answer: str, respelt) -> None:  # type: ignore[no
     assert decide(answer, respelt(answer)).verdict == "equal"
 
 
-@pytest.mark.xfail(strict=False, reason="repeated entries written with nested radicals are not paired in lists yet")
 @quick
 @given(st.lists(expressions, min_size=2, max_size=5), st.randoms())
 def test_lists_are_unordered(items: list[str], random) -> None:  # type: ignore[no-untyped-def]
     shuffled = random.sample(items, len(items))
     assert decide(", ".join(items), ", ".join(shuffled)).verdict == "equal"
+
+
+OTHER_SPELLINGS = [
+    "{0}",
+    "({0}) + 0",
+    "1 - 1 + {0}",
+    r"\frac{{3({0})}}{{3}}",
+    r"\sqrt[3]{{({0})^3}}",
+    r"\sqrt2 \frac{{{0}}}{{\sqrt2}}",
+]
+
+
+@quick
+@given(st.lists(expressions, min_size=2, max_size=3), st.randoms())
+def test_entries_that_repeat_in_other_spellings_are_paired(items: list[str], random) -> None:  # type: ignore[no-untyped-def]
+    def respelt() -> str:
+        return ", ".join(random.choice(OTHER_SPELLINGS).format(item) for item in random.sample(twice, len(twice)))
+
+    twice = [*items, items[0]]
+    assert decide(respelt(), respelt()).verdict == "equal"
+
+
+def test_multiplicities_count_where_as_much_is_said() -> None:
+    assert decide(r"\sqrt8, 2\sqrt2, 3", r"3, \sqrt8, \sqrt8").verdict == "equal"
+    assert decide(r"\sqrt8, 2\sqrt2, 3", r"3, 3, \sqrt8").verdict == "different"
+    assert decide(r"\sqrt8, 2\sqrt2, 3", r"3, \sqrt8").verdict == "equal"
 
 
 @quick

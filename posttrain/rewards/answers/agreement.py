@@ -1,9 +1,9 @@
 """Equality of expressions by their values.
 
 Radicals, logarithms and trigonometry leave the exact domain. There two expressions are compared at points: first at
-moderate precision, where a difference above the rounding error says `different`; what agrees is evaluated again with
-so many digits that the literals of both sides, and their largest and smallest intermediate values, are all resolved.
-So a rounded value is never its exact one.
+moderate precision, where a difference above the error bounds says `different`; what agrees is evaluated again with so
+many digits that the literals of both sides and their smallest intermediate values are all resolved. So a rounded value
+is never its exact one.
 """
 
 import functools
@@ -11,24 +11,27 @@ import random
 from collections.abc import Callable
 from fractions import Fraction
 
-from posttrain.rewards.answers.numeric import (
-    GUARD_BITS,
+from posttrain.rewards.answers.bounds import (
+    GUARD,
     MOST_BITS,
     NO_VALUE,
-    Evaluation,
     Uncertain,
     Undefined,
     Unknown,
     Value,
 )
+from posttrain.rewards.answers.numeric import Evaluation
 from posttrain.rewards.answers.tree import Apply, Node, Num, variables, walk
 
 WORKING_BITS = 200
+MARGIN = 100  # bits that two equal values must share beyond everything that could make them differ
+MOST_ATTEMPTS = 4  # each with more digits than the one before
 ENOUGH = 2  # points where both sides are real
 COUNTING = frozenset(("factorial", "factorial2", "binom", "sum", "prod", "gcd", "lcm"))
 
 Point = dict[str, Fraction]
-Pair = Callable[[Evaluation], tuple[Value, Value]]
+Numbers = tuple[tuple[Value, int], tuple[Value, int]]  # two values, each with its error
+Pair = Callable[[Evaluation], Numbers]
 
 _RANGES = ((0.2, 3), (-3, 3), (1, 9), (-4, -0.1), (0, 1), (-1, 1), (3, 12), (-9, 9))
 
@@ -40,9 +43,8 @@ def points(*trees: Node) -> list[Point]:
     """
     names = frozenset[str]().union(*map(variables, trees))
     integers = frozenset[str]().union(*map(integer_names, trees))
-    return [
-        {name: _coordinate(i, name, name in integers) for name in names} for i in range(len(_RANGES) if names else 1)
-    ]
+    count = len(_RANGES) if names else 1
+    return [{name: _coordinate(i, name, name in integers) for name in names} for i in range(count)]
 
 
 def integer_names(node: Node) -> frozenset[str]:
@@ -60,11 +62,11 @@ def _coordinate(i: int, name: str, integer: bool) -> Fraction:
 
 def same_value(a: Node, b: Node) -> bool | None:
     """Whether two expressions are equal wherever both are defined; None where nothing can be said."""
-    return decide(lambda at: (at.value(a), at.value(b)), a, b)
+    return decide(lambda at: ((at.value(a), at.error), (at.value(b), at.error)), a, b)
 
 
 def decide(pair: Pair, *trees: Node) -> bool | None:
-    """Whether two values made of the trees agree at every point where they are real; where that is nowhere, at complex ones."""
+    """Whether two values made of the trees agree wherever they are real; where that is nowhere, at complex points."""
     chosen = points(*trees)
     literals = sum(map(literal_bits, trees))
     for real in (True, False):
@@ -84,23 +86,29 @@ def decide(pair: Pair, *trees: Node) -> bool | None:
 
 
 def _agree(pair: Pair, point: Point, real: bool, literals: int) -> bool:
-    first = Evaluation(point, WORKING_BITS, real)
-    try:
-        if _differ(first, *pair(first)):
-            return False
-    except Uncertain:
-        pass
-    bits = WORKING_BITS + 2 * GUARD_BITS + 3 * first.peak + 2 * literals
-    if bits > 2 * MOST_BITS:
-        raise Unknown
-    second = Evaluation(point, bits, real, final=True)
-    return not _differ(second, *pair(second))
+    bits = WORKING_BITS
+    for attempt in range(MOST_ATTEMPTS):
+        at = Evaluation(point, bits, real, final=attempt > 0)
+        numbers = None
+        try:
+            numbers = pair(at)
+            if _differ(at, numbers):
+                return False
+        except Uncertain:
+            pass
+        resolution = MARGIN + 2 * literals + 2 * at.depth
+        if numbers and at.final and max(error for _, error in numbers) <= -resolution:
+            return True
+        bits = max(bits, WORKING_BITS + resolution + 2 * at.lost)
+        if bits > 2 * MOST_BITS:
+            break
+    raise Unknown  # they agree as far as can be seen, which is not far
 
 
-def _differ(at: Evaluation, a: Value, b: Value) -> bool:
-    """Whether two values are further apart than rounding explains."""
-    rest = abs(a - b)
-    return bool(rest and at.mp.mag(rest) > at.peak + GUARD_BITS - at.bits)
+def _differ(at: Evaluation, numbers: Numbers) -> bool:
+    """Whether two values are further apart than their errors explain."""
+    (a, a_error), (b, b_error) = numbers
+    return at.size(a - b) > max(a_error, b_error) + GUARD
 
 
 def constant(node: Node) -> Value | None:
@@ -114,6 +122,5 @@ def constant(node: Node) -> Value | None:
 
 
 def literal_bits(node: Node) -> int:
-    return sum(
-        n.value.numerator.bit_length() + n.value.denominator.bit_length() for n in walk(node) if isinstance(n, Num)
-    )
+    numbers = (n.value for n in walk(node) if isinstance(n, Num))
+    return sum(value.numerator.bit_length() + value.denominator.bit_length() for value in numbers)

@@ -23,7 +23,8 @@ MOST_NODES = 120
 LARGEST_NUMBER = 10**6
 LARGEST_EXPONENT = 60
 LARGEST_FACTORIAL = 100
-SECONDS_TO_START = 30.0
+CPU_SECONDS = 0.5  # for one question: what decides is the work, not the load of the machine
+SECONDS_TO_START = 60.0
 SECONDS = 0.8  # of wall clock; with what was spent before it, below one second in all
 
 _lock = threading.Lock()
@@ -56,7 +57,7 @@ def _ask(question: Any, seconds: float) -> str:
     global _worker, _owner
     with _lock:
         if _worker is None or _owner != os.getpid():
-            _worker, _owner = Worker("algebra", seconds=2, megabytes=1024), os.getpid()
+            _worker, _owner = Worker("algebra", seconds=CPU_SECONDS, megabytes=1024), os.getpid()
         try:
             return str(_worker.ask(question, seconds))
         except TooLate:

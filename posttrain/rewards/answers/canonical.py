@@ -6,10 +6,12 @@ themselves, other expressions a fingerprint of their values at fixed points.
 
 from fractions import Fraction
 
-from posttrain.rewards.answers.agreement import points
+from posttrain.rewards.answers import budget
+from posttrain.rewards.answers.agreement import Point, points
+from posttrain.rewards.answers.bounds import NO_VALUE, Uncertain, Value
 from posttrain.rewards.answers.exact import rational
 from posttrain.rewards.answers.expressions import numerator, same_expression
-from posttrain.rewards.answers.numeric import NO_VALUE, Evaluation
+from posttrain.rewards.answers.numeric import Evaluation
 from posttrain.rewards.answers.plus_minus import spread
 from posttrain.rewards.answers.readings import readings
 from posttrain.rewards.answers.relations import stated_values
@@ -34,13 +36,18 @@ from posttrain.rewards.answers.tree import (
 )
 
 DIGITS = 25
+PRECISIONS = (300, 1200, 4800)  # bits
 
 
 def canonical(answer: str) -> str:
     """The key of an answer's value: "0.50" and "\\frac{1}{2}" give "1/2"; what cannot be read, its own spelling."""
     text = respell(answer)
-    found = readings(text, trusted=True)
-    return key(found[0]) if found else squeeze(text)
+    budget.start()
+    try:
+        found = readings(text, trusted=True)
+        return key(found[0]) if found else squeeze(text)
+    except budget.Exhausted:
+        return squeeze(text)
 
 
 def key(node: Node) -> str:
@@ -66,7 +73,7 @@ def key(node: Node) -> str:
         case Relation((left, right), ("=",)) if is_expression(left) and is_expression(right):
             return _equation_key(numerator(difference(left, right))) or show(node)
         case Listing(items):
-            return "{" + ", ".join(sorted({key(item) for item in items})) + "}"
+            return "{" + ", ".join(sorted(key(item) for item in items)) + "}"
         case Tuple(items):
             return "(" + ", ".join(key(item) for item in items) + ")"
         case Matrix(rows) if len(rows) == 1 or len(rows[0]) == 1:
@@ -96,13 +103,31 @@ def _values(node: Node) -> list[str]:
     for real in (True, False):
         for point in points(node):
             try:
-                at = Evaluation(point, 4 * DIGITS + 200, real)
-                found.append(at.mp.nstr(at.value(node), DIGITS))
+                found.append(_digits(node, point, real))
             except NO_VALUE:
                 continue
             if len(found) == 2 or not point:
                 return found
     return found
+
+
+def _digits(node: Node, point: Point, real: bool) -> str:
+    """The leading digits of a value, all of them certain; what is nothing to a thousand digits is 0."""
+    for bits in PRECISIONS:
+        at = Evaluation(point, bits, real, final=True)
+        try:
+            x = at.value(node)
+        except Uncertain:
+            continue
+        if at.size(x) - at.error > 4 * DIGITS:
+            return _complex_digits(at, x) if isinstance(x, at.mp.mpc) else at.mp.nstr(x, DIGITS)
+    return "0"
+
+
+def _complex_digits(at: Evaluation, x: Value) -> str:
+    """Without the part that is rounding error."""
+    parts = ["0" if at.size(part) <= at.size(x) - 4 * DIGITS else at.mp.nstr(part, DIGITS) for part in (x.real, x.imag)]
+    return f"{parts[0]} + {parts[1]}i"
 
 
 def _nearby_rational(value: str) -> Fraction | None:

@@ -15,7 +15,7 @@ from posttrain.rewards.answers.budget import spend
 from posttrain.rewards.answers.tree import Apply, Node, Num, Sym
 
 MOST_BITS = 20_000  # of an exact intermediate value
-LARGEST_FACTORIAL = 1_000
+LARGEST_FACTORIAL = 2_100  # problems like to use the year
 
 PRIME = 2**512 - 875  # 1 modulo 4, so that the field has a square root of -1
 SQUARE_ROOT_OF_MINUS_ONE = pow(2, (PRIME - 1) // 4, PRIME)

@@ -1,8 +1,9 @@
 """Are two scalar expressions, equations or inequalities the same?"""
 
-from posttrain.rewards.answers.agreement import WORKING_BITS, decide, points, same_value
+from posttrain.rewards.answers.agreement import WORKING_BITS, Numbers, decide, points, same_value
+from posttrain.rewards.answers.bounds import NO_VALUE, Unknown
 from posttrain.rewards.answers.exact import PRIME, NotExact, rational, residue
-from posttrain.rewards.answers.numeric import NO_VALUE, Evaluation, Unknown, Value
+from posttrain.rewards.answers.numeric import Evaluation
 from posttrain.rewards.answers.tree import ONE, Apply, Node, Num, add, mul, power, variables
 
 SEEDS = (1, 2, 3)
@@ -42,17 +43,19 @@ def proportional(a: Node, b: Node) -> bool | None:
         pass
     origin = points(a, b)[0]
 
-    def crossed(at: Evaluation) -> tuple[Value, Value]:
+    def crossed(at: Evaluation) -> Numbers:
         here = at.point
-        values = [at.value(a), at.value(b)]
-        at.point = {name: at.exact(value) for name, value in origin.items()}
-        for i, tree in enumerate((b, a)):
-            there = at.value(tree)
-            if at.is_zero(there, at.local):
+        there = {name: at.exact(value) for name, value in origin.items()}
+        found = []
+        for mine, other in ((a, b), (b, a)):
+            x = (at.value(mine), at.error)
+            at.point = there
+            y = (at.value(other), at.error)
+            at.point = here
+            if at.is_zero(*y):
                 raise Unknown
-            values[i] *= there
-        at.point = here
-        return values[0], values[1]
+            found.append((at.product((x, y)), at.error))
+        return found[0], found[1]
 
     return decide(crossed, a, b)
 

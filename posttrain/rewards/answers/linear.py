@@ -1,7 +1,7 @@
 """Sums and products that know vectors and matrices."""
 
 from posttrain.rewards.answers.lexer import ParseError
-from posttrain.rewards.answers.tree import Apply, Matrix, Node, Tuple
+from posttrain.rewards.answers.tree import MINUS_ONE, Apply, Matrix, Node, Tuple, negative
 
 
 def product(*factors: Node) -> Node:
@@ -57,3 +57,11 @@ def total(terms: tuple[Node, ...]) -> Node:
     if any(isinstance(t, Matrix | Tuple) for t in terms):
         raise ParseError("sum of unlike things")
     return Apply("add", terms)
+
+
+def opposite(node: Node) -> Node:
+    return product(MINUS_ONE, node) if isinstance(node, Matrix | Tuple) else negative(node)
+
+
+def transpose(matrix: Matrix) -> Matrix:
+    return Matrix(tuple(zip(*matrix.rows, strict=True)))

@@ -1,5 +1,6 @@
 """Lists and sets, which are unordered; tuples, vectors and matrices, which are ordered; ratios."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from posttrain.rewards.answers.compare import NOT_MINE, Outcome, RuleOutcome, all_of, any_of, pairwise, same
@@ -11,6 +12,7 @@ from posttrain.rewards.answers.tree import (
     Listing,
     Matrix,
     Node,
+    Num,
     Ratio,
     Relation,
     Sym,
@@ -101,32 +103,27 @@ def _is_index_set(node: Node) -> bool:
 
 
 def matched(a: Sequence[Node], b: Sequence[Node]) -> Outcome:
-    """Whether the items can be paired off, in any order; what is said twice counts once where there are others."""
-    if len(a) > MOST_ITEMS or len(b) > MOST_ITEMS:
-        x, y = [rational(i) for i in a[:2000]], [rational(i) for i in b[:2000]]
-        return (
-            None not in x
-            and None not in y
-            and len(a) == len(b)
-            and sorted(map(str, x)) == sorted(map(str, y))
-            and len(a) <= 2000
-        )
+    """Whether the items can be paired off, in any order; what is said twice counts once where the other side is shorter."""
+    a, b = [_exact(item) for item in a], [_exact(item) for item in b]
     if len(a) != len(b):
         if min(len(a), len(b)) < 2:
             return False
         a, b = _distinct(a), _distinct(b)
-        if len(a) != len(b):
-            return False
-    rest = list(b)
+    if len(a) != len(b):
+        return False
+    common = Counter(a) & Counter(b)
+    a, b = list((Counter(a) - common).elements()), list((Counter(b) - common).elements())
+    if len(a) > MOST_ITEMS:
+        return None
     unsure = False
-    for item in a:
+    for item in a:  # equality is transitive, so the first partner is as good as any
         outcomes: list[Outcome] = []
-        for other in rest:
+        for other in b:
             outcomes.append(same(item, other))
             if outcomes[-1]:
                 break
         if True in outcomes:
-            rest.pop(len(outcomes) - 1)
+            b.pop(len(outcomes) - 1)
         elif None in outcomes:
             unsure = True
         else:
@@ -134,10 +131,16 @@ def matched(a: Sequence[Node], b: Sequence[Node]) -> Outcome:
     return None if unsure else True
 
 
+def _exact(item: Node) -> Node:
+    """A rational constant as its value, so that most items pair off by what they are."""
+    value = rational(item) if isinstance(item, Apply) else None
+    return item if value is None else Num(value)
+
+
 def _distinct(items: Sequence[Node]) -> list[Node]:
     kept: list[Node] = []
-    for item in items:
-        if not any(same(item, other) for other in kept):
+    for item in dict.fromkeys(items):
+        if len(kept) > MOST_ITEMS or not any(same(item, other) for other in kept):
             kept.append(item)
     return kept
 

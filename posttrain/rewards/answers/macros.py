@@ -1,7 +1,8 @@
 """Functions and LaTeX constructions: `sin`, `log_2`, `\\frac`, `\\sqrt`, `\\sum`, matrices and systems."""
 
 from posttrain.rewards.answers import units
-from posttrain.rewards.answers.grammar import Grammar, root
+from posttrain.rewards.answers.factors import root
+from posttrain.rewards.answers.grammar import Grammar
 from posttrain.rewards.answers.lexer import ParseError, Token
 from posttrain.rewards.answers.linear import product
 from posttrain.rewards.answers.tree import (
@@ -230,4 +231,6 @@ def applied(name: str, argument: Node, base: Node | None) -> Node:
             return root(argument, number(3))
         case "exp":
             return power(E, argument)
+        case "coth":
+            return quotient(Apply("cosh", (argument,)), Apply("sinh", (argument,)))
     return Apply(name, (argument,))

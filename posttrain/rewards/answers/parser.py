@@ -8,30 +8,24 @@ Text stands alone (`east`), names what follows (`Area = 12`) or is the unit of w
 else is no answer.
 """
 
-from posttrain.rewards.answers import units
-from posttrain.rewards.answers.cursor import MONEY, RELATIONS, SEPARATORS
+from posttrain.rewards.answers.cursor import RELATIONS, SEPARATORS, SET_OPERATIONS
 from posttrain.rewards.answers.lexer import STATES, ParseError, Token, tokens
-from posttrain.rewards.answers.linear import product
-from posttrain.rewards.answers.macros import Macros
-from posttrain.rewards.answers.number_words import MAGNITUDES, spelt_number
+from posttrain.rewards.answers.measures import Measures
+from posttrain.rewards.answers.number_words import spelt_number
 from posttrain.rewards.answers.tree import (
     EMPTY_SET,
-    MINUS_ONE,
-    Apply,
     Listing,
     Node,
-    Num,
-    Quantity,
     Relation,
     Sym,
     Words,
     fits,
-    negative,
     number,
 )
 
 ARTICLES = frozenset(("a", "an", "the"))
 LEAD_INS = frozenset("approximately about exactly only option choice part".split())
+THINGS = frozenset("a an the ordered point points pair pairs triple vector matrix interval set coordinates".split())
 NOTHING = frozenset(
     ("none", "empty", "empty set", "no solution", "no solutions", "no real solutions", "no real solution",
      "there are no solutions",
@@ -40,6 +34,7 @@ NOTHING = frozenset(
 EVERYTHING = frozenset(
     ("all real numbers", "all reals", "all real", "any real number", "every real number", "real numbers", "reals")
 )
+EVENTS = RELATIONS | SET_OPERATIONS | {"|", "and", "or", "'"}  # in the bracket of a probability
 LONGEST_CHAIN = 50
 MOST_NODES, TALLEST = 4_000, 100
 
@@ -58,11 +53,7 @@ def parse(text: str, *, grouped: bool = True, trusted: bool = False) -> Node:
     return node
 
 
-class Parser(Macros):
-    def __init__(self, stream: list[Token], latex: bool, trusted: bool):
-        super().__init__(stream, latex)
-        self.trusted = trusted
-
+class Parser(Measures):
     def answer(self, closing: str = "") -> Node:
         """A list; semicolons separate lists of commas."""
         groups: list[list[Node]] = [[self.item()]]
@@ -86,6 +77,7 @@ class Parser(Macros):
     def item(self) -> Node:
         if self.op() in ("~", "="):
             self.take()  # "≈ 5": nothing on the left
+        self.skip_kind_of_thing()
         words = self.leading_words()
         if not words or words[-1].text.lower() in LEAD_INS:
             return self.relation()
@@ -97,6 +89,14 @@ class Parser(Macros):
         return as_words([*words, *self.rest_of_text()])
 
     # -- words
+
+    def skip_kind_of_thing(self) -> None:
+        """`the point (1, 2)` is (1, 2)."""
+        start = self.at
+        while (token := self.peek()) and token.text.lower() in THINGS and (token.kind == "word" or token.upright):
+            self.at += 1
+        if self.op() not in ("(", "[", "⟨", "{|") and not self.is_macro("begin"):
+            self.at = start
 
     def leading_words(self) -> list[Token]:
         """The words at the start of an item; none where they are multiplied or applied."""
@@ -150,64 +150,26 @@ class Parser(Macros):
         words = self.leading_words()
         if words:
             return as_words(words)
-        outer, self.money = self.money, ""
-        node = self.with_unit(self.union())
-        self.money = outer
-        return node
+        return self.probability() or self.measure()
 
-    # -- units
-
-    def with_unit(self, node: Node) -> Node:
-        unit = self.money
-        for mark, name in (("deg", "deg"), ("percent", "%")):
-            if (stripped := without_mark(node, mark)) is not None:
-                node, unit = stripped, name
-        pieces = self.unit_pieces(node)
-        while pieces and isinstance(node, Num) and pieces[0].lower() in MAGNITUDES:
-            node = Num(node.value * MAGNITUDES[pieces.pop(0).lower()])
-        if pieces:
-            if not units.acceptable(pieces, self.trusted):
-                raise ParseError("text beside a value")
-            unit = unit or units.unit_name(pieces)
-        return Quantity(node, unit) if unit else node
-
-    def unit_pieces(self, node: Node) -> list[str]:
-        if self.op() == "mod" or (self.op() == "(" and self.op(1) == "mod"):
-            return self.modulus()
-        pieces: list[str] = []
-        bracket = self.op() == "(" and self.kind(1) == "word"
-        if bracket:
-            self.take()
-        while token := self.peek():
-            if (
-                token.kind == "word"
-                or (token.kind == "run" and not self.is_relation())
-                or (token.kind in ("sym", "fn") and (token.upright or pieces or self.is_letter_unit(node)))
-                or (token.kind == "op" and token.text in MONEY | {"%", "cent", "°"})
-            ):
-                pieces.append(self.take().text)
-            elif pieces and token.kind == "op" and token.text in ("^", "/", "-", "*", "'") and self.peek(1):
-                pieces.append(self.take().text)
-                if self.op() == "{" or self.kind() == "num":
-                    pieces.append(self.index_text())
-            else:
+    def probability(self) -> Node | None:
+        """`P(X = 2)` and `P(A | B)`, left of an equals sign: a label, whatever stands in the bracket."""
+        if not (
+            self.kind() == "sym" and self.peek() and self.stream[self.at].text in ("P", "Pr") and self.op(1) == "("
+        ):
+            return None
+        depth, end = 0, self.at + 1
+        while end < len(self.stream):
+            text = self.stream[end].text
+            depth += (text == "(") - (text == ")")
+            end += 1
+            if depth == 0:
                 break
-        if bracket:
-            self.expect(")")
-        return pieces
-
-    def modulus(self) -> list[str]:
-        bracket = self.op() == "("
-        self.at += 1 + bracket
-        modulus = self.primary()
-        if bracket:
-            self.expect(")")
-        match modulus:
-            case Num(value):
-                return ["mod", str(value)]
-            case Sym(name):
-                return ["mod", name]
-        raise ParseError("modulus")
+        inside = [token.text for token in self.stream[self.at + 2 : end - 1]]
+        if end >= len(self.stream) or self.stream[end].text not in ("=", "~") or not EVENTS.intersection(inside):
+            return None
+        self.at = end
+        return Sym(f"P({' '.join(inside)})")
 
 
 def as_words(words: list[Token]) -> Node:
@@ -220,23 +182,3 @@ def as_words(words: list[Token]) -> Node:
     if text in NOTHING:
         return EMPTY_SET
     return Sym("set R") if text in EVERYTHING else Words(text)
-
-
-def without_mark(node: Node, mark: str) -> Node | None:
-    """`-5°` as -5 and `5° + 3°` as 5 + 3; None where the mark is not on the whole value."""
-    match node:
-        case Apply(op, (inner,)) if op == mark:
-            return inner
-        case Apply("mul", (sign, inner)) if sign == MINUS_ONE:
-            stripped = without_mark(inner, mark)
-            return None if stripped is None else negative(stripped)
-        case Apply("mul", args):
-            stripped = without_mark(args[-1], mark)
-            return None if stripped is None else product(*args[:-1], stripped)
-        case Apply("add", args):
-            parts = [p for a in args if (p := without_mark(a, mark)) is not None]
-            return Apply("add", tuple(parts)) if len(parts) == len(args) else None
-        case Apply("pm" | "mp" as op, (inner,)):
-            stripped = without_mark(inner, mark)
-            return None if stripped is None else Apply(op, (stripped,))
-    return None

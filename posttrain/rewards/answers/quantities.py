@@ -50,7 +50,9 @@ def _both_quantities(a: Quantity, b: Quantity) -> Outcome:
 
 
 def _compatible(a: str, b: str) -> bool:
-    """`unit^2` stands for any unit; `ticket` agrees with `child ticket`."""
+    """`unit^2` stands for any unit; `ticket` agrees with `child ticket`; pounds are money or weight."""
+    if {a, b} == {"lb", "£"}:
+        return True
     if a.split("^")[0] == "unit" or b.split("^")[0] == "unit":
         return "%" not in (a, b)
     words, others = set(a.split()), set(b.split())

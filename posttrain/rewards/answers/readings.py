@@ -5,7 +5,7 @@ import re
 from posttrain.rewards.answers.lexer import LONGEST, ParseError
 from posttrain.rewards.answers.number_words import SMALL, spelt_number
 from posttrain.rewards.answers.parser import parse
-from posttrain.rewards.answers.tree import Based, Node, number
+from posttrain.rewards.answers.tree import Based, Node, Relation, Sym, number
 
 _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 # 1000,99 and 1,22 and 0,111; but 1,2 and 0,4 are lists
@@ -15,6 +15,7 @@ _TEXT = re.compile(r"\\(?:text|mathrm|mbox)\s*\{([^{}]*)\}")
 _NUMERAL = re.compile(
     r"\s*([-+]?)\(?([0-9a-zA-Z]+)\)?(?:\s*_\s*\{?\s*\(?(?:base )?\s*([a-z]+|\d{1,2})\s*\)?\}?|\s+\(?(?:in )?base[- ](\w+)\)?)\s*"
 )
+_LABEL = re.compile(r"\s*([A-Za-z])\s*=")
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
@@ -24,6 +25,9 @@ def readings(text: str, trusted: bool) -> list[Node]:
         return []
     if (numeral := _numeral(text)) is not None:
         return [numeral]
+    label = _LABEL.match(text)
+    if label and (numeral := _numeral(text[label.end() :])) is not None:
+        return [Relation((Sym(label[1]), numeral), ("=",))]
     if (value := spelt_number(_TEXT.sub(r"\1", text))) is not None:
         return [number(value)]
     found: list[Node] = []
@@ -55,5 +59,6 @@ def _numeral(text: str) -> Based | None:
     name = match[3] or match[4]
     base = SMALL.get(name, int(name) if name.isdigit() else 0)
     digits = match[2].lower()
-    known = 2 <= base <= 36 and any(c.isdigit() for c in digits) and all(c in _DIGITS[:base] for c in digits)
+    plain = any(c.isdigit() for c in digits) or (base == 16 and len(digits) > 1)  # AB_16, but a_16 is a name
+    known = 2 <= base <= 36 and plain and all(c in _DIGITS[:base] for c in digits)
     return Based(match[1].removeprefix("+") + match[2], base) if known else None

@@ -5,9 +5,12 @@ one is a multiple of the other; two inequalities where their solutions are, or w
 other.
 """
 
+import re
+
 from posttrain.rewards.answers.compare import NOT_MINE, Outcome, RuleOutcome, all_of, any_of, pairwise, same
 from posttrain.rewards.answers.expressions import numerator, proportional, ratio_sign
 from posttrain.rewards.answers.sets import INEQUALITIES, NotASet, real_set, same_set
+from posttrain.rewards.answers.show import show
 from posttrain.rewards.answers.tree import (
     CONSTANTS,
     Apply,
@@ -123,10 +126,15 @@ def _both_relations(a: Relation, b: Relation) -> Outcome:
 
 def _same_label(a: Relation, b: Relation) -> bool:
     x, y = a.sides[0], b.sides[0]
-    if x == y:
+    if _letters(x) == _letters(y):
         return True
     functions = [(isinstance(s, Apply) and s.op.endswith("()")) or s == Sym("y") for s in (x, y)]
     return all(functions) and Sym("y") in (x, y) and bool(variables(a.sides[-1]))
+
+
+def _letters(label: Node) -> str:
+    """`AB`, `|AB|` and a line over AB are one name."""
+    return re.sub(r"abs|[\s*()]", "", show(label))
 
 
 def _inequalities(a: Relation, b: Relation) -> Outcome:

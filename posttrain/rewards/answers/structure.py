@@ -4,6 +4,7 @@ Unordered: lists and sets. Ordered: tuples, vectors, matrices, the ends of inter
 only where both sides have one.
 """
 
+from posttrain.rewards.answers import units
 from posttrain.rewards.answers.compare import NOT_MINE, RULES, RuleOutcome, all_of, pairwise, same
 from posttrain.rewards.answers.expressions import same_expression
 from posttrain.rewards.answers.lists import list_rule, matched, ratio_rule, tuple_rule
@@ -41,14 +42,10 @@ def _flat(node: Node, op: str) -> list[Node]:
 
 def word_rule(a: Node, b: Node) -> RuleOutcome:
     if isinstance(a, Words) and isinstance(b, Words):
-        return a.text == b.text or (a.text.split()[0] in MONTHS and sorted(a.text.split()) == sorted(b.text.split()))
+        return a.text == b.text or (
+            a.text.split()[0] in units.MONTHS and sorted(a.text.split()) == sorted(b.text.split())
+        )
     return False if isinstance(a, Words) or isinstance(b, Words) else NOT_MINE
-
-
-MONTHS = frozenset(
-    "january february march april may june july august september october november december".split()
-    + "jan feb mar apr jun jul aug sep sept oct nov dec".split()
-)
 
 
 def expression_rule(a: Node, b: Node) -> RuleOutcome:

@@ -17,7 +17,8 @@ _ALIASES = {
     "percentage": "%", "dollar": "$",
     "usd": "$", "buck": "$", "cent": "cent", "euro": "€", "eur": "€", "sq": "square", "cu": "cubic", "mph": "mi/h",
     "kph": "km/h",
-    "unit": "unit", "pence": "penny", "pennie": "penny", "people": "person", "men": "man", "women": "woman",
+    "unit": "unit", "lbs": "lb", "yen": "¥",
+    "rupee": "₹", "inr": "₹", "gbp": "£", "pence": "penny", "pennie": "penny", "people": "person", "men": "man", "women": "woman",
     "children": "child",
 }  # fmt: skip
 # value of one unit in the base unit of its kind
@@ -31,10 +32,16 @@ _SCALES: dict[str, tuple[str, Fraction]] = {
     "cent": ("$", Fraction(1, 100)), "$": ("$", Fraction(1)),
 }  # fmt: skip
 
+SUBDIVIDED = frozenset(_SCALES)  # "5 ft 10 in", "2 h 30 min"
+MONTHS = frozenset(
+    "january february march april may june july august september october november december".split()
+    + "jan feb mar apr jun jul aug sep sept oct nov dec".split()
+)
+
 _INVERSE = re.compile(r" (\w+)\^-(\d+)")  # m s^-2
 SHORT = frozenset(  # two or three letters that are a unit beside a number, not a product
     "mm cm dm km ft in yd mi kg mg lb lbs oz hr hrs min sec mph kph kmh sq cu deg rad usd pm am ml kw hz pa ev per "
-    "pct day yr yrs".split()
+    "pct day yr yrs yen".split()
 )
 LETTERS = frozenset("m s g h L l N J W V K A C F".split())  # one letter, set off by a space: "5 m"
 

@@ -1,0 +1,185 @@
+r"""Answers that look alike: half of these pairs are equal, half are near-misses. Written from the label policy alone.
+
+Each line is a gold and an answer; the families are those of the policy.
+"""
+
+EQUAL: dict[str, list[tuple[str, str]]] = {
+    "tuples": [
+        (r"(3, \frac{\pi}{2})", r"\left(\sqrt{9},\ 0.5\pi\right)"),
+        ("(-1,2,5)", "(x,y,z) = (-1, 2, 5)"),
+        (r"\langle 1, -2, 2\rangle", "(1,-2,2)"),
+        ("(1,2),(3,4)", r"(3,4) \text{ and } (1,2)"),
+    ],
+    "sets": [
+        (r"\{1,2,3\}", "3, 1, 2"),
+        (r"\sqrt{2}, -\sqrt{2}", "-2^{1/2}, 2^{0.5}"),
+        (r"\emptyset", r"\{\}"),
+        ("-1, 0, 1", "0, 1 and -1"),
+        (r"\{(0,1),(1,0)\}", "(1,0), (0,1)"),
+    ],
+    "intervals": [
+        (r"(-\infty,-1)\cup(1,\infty)", "|x|>1"),
+        (r"(2,5]", r"2 < x \leq 5"),
+        (r"(-\infty,3)\cup(3,\infty)", r"x \neq 3"),
+        ("[1,2]", r"\{x : 1 \le x \le 2\}"),
+        (r"(0,1)\cup[2,3)", r"[2,3) \cup (0,1)"),
+        (r"(-\infty,\infty)", r"\mathbb{R}"),
+    ],
+    "matrices": [
+        (r"\begin{pmatrix}2\\-1\end{pmatrix}", r"\left[\begin{array}{c}2\\-1\end{array}\right]"),
+        (r"\begin{pmatrix}0.5&1\end{pmatrix}", r"\begin{bmatrix} \frac12 & 1 \end{bmatrix}"),
+        (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\frac{1}{2}\begin{pmatrix}2&4\\6&8\end{pmatrix}"),
+    ],
+    "units": [
+        (r"3.5\text{ hours}", "7/2 hr"),
+        (r"100\text{ mph}", "100 miles per hour"),
+        (r"2\pi\text{ radians}", r"2\pi"),
+        (r"10 \text{ in}^2", "10 square inches"),
+        ("12", r"12\,\mathrm{cm}^3"),
+    ],
+    "currency": [
+        (r"\$18.90", "18.9"),
+        ("1500", "USD 1{,}500"),
+        (r"\$0.75", "75 cents"),
+        ("£12.50", "12.5"),
+        ("20 dollars", r"\$20"),
+    ],
+    "percents": [(r"12.5\%", "12.5"), (r"37.5\%", r"\frac{3}{8}"), ("150%", r"150\text{ percent}")],
+    "mixed numbers": [(r"3\frac{1}{7}", "22/7"), (r"-2\tfrac{3}{4}", "-2.75"), ("5 3/8", r"\frac{43}{8}")],
+    "repeating decimals": [
+        (r"\frac{5}{11}", r"0.\overline{45}"),
+        (r"1.2\overline{34}", "611/495"),
+        (r"\frac{7}{12}", r"0.58\bar{3}"),
+    ],
+    "bases": [
+        ("1011_2", r"1011_{\text{two}}"),
+        ("43_5", "43"),
+        (r"\text{2A}_{16}", "2A_{16}"),
+        ("210_3", "(210)_3"),
+    ],
+    "scientific notation": [
+        (r"6.02\times10^{23}", "6.02e23"),
+        (r"4.5\cdot 10^{-3}", "0.0045"),
+        (r"3\times 10^8", "300{,}000{,}000"),
+        (r"1.2 \times 10^{4}", "12 000"),
+    ],
+    "thousands": [(r"1{,}250{,}000", r"1\,250\,000"), (r"7,\!560", "7560"), ("-12{,}345.5", r"-\frac{24691}{2}")],
+    "plus-minus": [
+        (r"2\pm\sqrt3", r"2+\sqrt{3}, 2-\sqrt{3}"),
+        (r"\pm\frac12", r"\{-0.5, 0.5\}"),
+        (r"\frac{-1\pm\sqrt5}{2}", r"\frac{\sqrt5-1}{2}\text{ or }\frac{-\sqrt5-1}{2}"),
+    ],
+    "equations": [
+        ("y = 2x+3", "2x - y + 3 = 0"),
+        (r"y=\frac{1}{2}x-4", "x-2y=8"),
+        ("x^2+y^2=25", "25 = y^2 + x^2"),
+        ("f(x) = x^2-1", "(x-1)(x+1)"),
+    ],
+    "inequalities": [
+        (r"-2\le x\le 2", r"|x| \le 2"),
+        (r"x\leqslant 4", r"x \in (-\infty,4]"),
+        (r"x<-1 \text{ or } x>1", r"(-\infty,-1)\cup(1,\infty)"),
+    ],
+    "multiple choice": [("B", r"\textbf{(B)}\ 12"), ("(D)", "D."), (r"\mathrm{(A)}", r"\text{Option A}")],
+    "text": [
+        (r"\text{Sunday}", "sunday"),
+        (r"\text{isosceles triangle}", "an isosceles triangle"),
+        ("parabola", r"\textbf{Parabola}."),
+    ],
+    "labelled values": [
+        ("a=3, b=-1", r"b = -1,\; a = 3"),
+        ("m=2,n=5", "$m=2$ and $n=5$"),
+        ("7", "n = 7"),
+    ],
+    "spellings": [
+        (r"\sqrt[3]{4}", "4^{1/3}"),
+        (r"\frac{1}{1+\sqrt2}", r"\sqrt{2}-1"),
+        (r"\tan^{-1}(2)", r"\arctan 2"),
+        ("e^{2}", r"\exp(2)"),
+        (r"\operatorname{lcm}(4,6)", "12"),
+        (r"12\sin 30^\circ", "6"),
+        (r"\log_2 8", "3"),
+        ("3+4i", "4i+3"),
+    ],
+}
+
+DIFFERENT: dict[str, list[tuple[str, str]]] = {
+    "tuples": [
+        (r"(0,\frac{\pi}{2})", r"(0,\frac{\pi}{3})"),
+        ("(1,2,3)", "(1,2)"),
+        ("(1,2),(3,4)", "(1,3),(2,4)"),
+        ("(1,2),(3,4)", "(1,2)"),
+        ("(-1,2,5)", "(x,y,z) = (2, -1, 5)"),
+    ],
+    "sets": [
+        (r"\{1,2,3\}", r"\{1,2\}"),
+        (r"\{1,2\}", r"\{1,2,3\}"),
+        (r"\emptyset", r"\{0\}"),
+        ("2,3", "5"),
+        (r"\{(0,1),(1,0)\}", r"\{(0,1),(1,1)\}"),
+    ],
+    "intervals": [
+        ("[0,1)", "(0,1]"),
+        (r"(-\infty,3)", r"(-\infty,3]"),
+        (r"(-\infty,-1)\cup(1,\infty)", "(-1,1)"),
+        (r"(-\infty,3)\cup(3,\infty)", r"(-\infty,\infty)"),
+        (r"(0,1)\cup[2,3)", r"(0,1)\cup(2,3)"),
+        (r"(2,5]", r"2 \le x \leq 5"),
+    ],
+    "matrices": [
+        (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&3\\2&4\end{pmatrix}"),
+        (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\2\\0\end{pmatrix}"),
+        (r"\begin{pmatrix}1&0\\0&1\end{pmatrix}", "1"),
+    ],
+    "units": [
+        (r"5\text{ cm}", r"5\text{ m}"),
+        (r"12\text{ hours}", r"12\text{ minutes}"),
+        (r"10\text{ cm}^2", r"10\text{ cm}^3"),
+        (r"12\text{ cm}", "12.5"),
+        ("30^\\circ", r"30\text{ radians}"),
+    ],
+    "currency": [(r"\$18.90", "18.09"), (r"\$20", "20 cents"), (r"\$1,500", r"\$1.5"), (r"\$5", "€5")],
+    "percents": [(r"28\%", "2.8"), (r"12.5\%", r"12.05\%"), ("28", "0.28")],
+    "mixed numbers": [(r"3\frac{1}{7}", r"\frac{31}{7}"), (r"3\frac17", r"\frac37"), (r"-2\frac34", "-1.25")],
+    "repeating decimals": [
+        (r"\frac{5}{11}", "0.45"),
+        (r"0.\overline{3}", "0.333"),
+        (r"1.2\overline{34}", r"1.\overline{234}"),
+    ],
+    "bases": [("1011_2", "1011_3"), ("1011_2", "1101_2"), ("52_8", r"52_{\text{nine}}")],
+    "scientific notation": [
+        (r"6.02\times10^{23}", r"6.02\times10^{22}"),
+        (r"4.5\cdot10^{-3}", r"4.5\cdot10^{3}"),
+        (r"3\times 10^8", r"3\times 8^{10}"),
+        (r"6.02\times10^{23}", "6.02"),
+    ],
+    "thousands": [(r"1{,}250{,}000", r"1{,}250"), ("7{,}560", "7.56"), ("12,345", "12345.1")],
+    "plus-minus": [
+        (r"2\pm\sqrt3", r"2+\sqrt3"),
+        (r"2\pm\sqrt3", r"3\pm\sqrt2"),
+        (r"\pm 4", "4, -4, 0"),
+    ],
+    "equations": [
+        (r"y=\frac12x-4", "x-2y=-8"),
+        ("x+y=7", "7"),
+        ("x^2+y^2=25", "x^2+y^2=5"),
+        ("f(x) = x^2-1", "x^2+1"),
+    ],
+    "inequalities": [
+        ("x>3", r"x\ge3"),
+        ("x>3", "3"),
+        (r"x<-1\text{ or }x>1", "-1<x<1"),
+        (r"-2\le x\le2", r"-2 \le y < 2"),
+    ],
+    "multiple choice": [("B", "(C)"), ("B", "A or B"), ("B", "(A) 3 (B) 4 (C) 5")],
+    "text": [(r"\text{even}", "uneven"), (r"\text{Monday}", "not Monday"), (r"\text{north}", r"\text{northeast}")],
+    "labelled values": [("a=3,b=-1", "a=-1,b=3"), ("x=4", "x=-4"), ("m=2,n=5", "m=2")],
+    "spellings": [
+        (r"\sqrt{2}", "1.414"),
+        (r"\pi", r"\frac{22}{7}"),
+        (r"\sin 30^\circ", r"\sin 30"),
+        (r"\log_2 8", r"\log_8 2"),
+        ("-x^2", "(-x)^2"),
+    ],
+    "no answers": [("7", "7 or -7"), ("12", "print(12)"), ("3", "one of 1, 2, 3, 4")],
+}
