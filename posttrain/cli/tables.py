@@ -1,6 +1,6 @@
 """Tables for people, shared by the commands."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -22,7 +22,9 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 def print_arms(arms: Iterable["Arm"]) -> None:
-    """Accuracy in percent with its 95 % interval, cost in tokens and seconds."""
+    """Accuracy in percent with its 95 % interval, cost in tokens and seconds, and what else is known of any of them."""
+    arms = list(arms)
+    measured = [name for name in MEASURES if any(name in arm.measures for arm in arms)]
     rows = []
     for arm in arms:
         low, high = arm.interval
@@ -33,8 +35,24 @@ def print_arms(arms: Iterable["Arm"]) -> None:
                 f"{100 * low:.1f} - {100 * high:.1f}",
                 f"{arm.tokens:.0f}",
                 f"{arm.seconds:.1f}",
+                *(MEASURES[name][1](arm.measures[name]) if name in arm.measures else "" for name in measured),
             )
         )
     print_table(
-        ("arm", "accuracy", "95 % interval", "tokens\nper answer", "seconds to sample,\nlearn and choose"), rows
+        (
+            "arm",
+            "accuracy",
+            "95 % interval",
+            "tokens\nper answer",
+            "seconds to sample,\nlearn and choose",
+            *(MEASURES[name][0] for name in measured),
+        ),
+        rows,
     )
+
+
+MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {  # name -> title, format
+    "majority": ("majority of\nits samples", lambda value: f"{100 * value:.1f} %"),
+    "kl": ("KL,\nnats", lambda value: f"{value:.2f}"),
+    "tokens_per_second": ("tokens/s", lambda value: f"{value:.0f}"),
+}

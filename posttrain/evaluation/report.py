@@ -11,6 +11,7 @@ from posttrain.evaluation.metrics import DEFINITIONS
 from posttrain.provenance import plain, write_text
 from posttrain.rollouts.table import RolloutTable
 
+MEASURES = {"majority": "majority of its samples", "kl": "KL, nats", "tokens_per_second": "tokens/s"}
 SHOWN = 24  # problems whose completions stand in the page
 
 
@@ -41,6 +42,9 @@ def write_report(
         title=title,
         lead=lead,
         arms=list(arms.values()),
+        measures={
+            name: title for name, title in MEASURES.items() if any(name in arm.measures for arm in arms.values())
+        },
         figures=trusted(figures),
         problems=_problems(table, scores),
         definitions={name: DEFINITIONS[name] for name in definitions},

@@ -137,32 +137,36 @@ def publish(run: QProbeRun, title: str, lead: str) -> None:
     out = Path(run.config.out)
     summary = {name: arm.summary() for name, arm in run.arms.items()}
     write_json(out / "summary.json", {"arms": summary, "manifest": run.manifest})
-    correct = np.array(run.test.rectangle("correct"), dtype=np.float64)
-    held_out = list(run.fitted.held_out)
-    held_out_correct = np.array(run.train.rectangle("correct"), dtype=np.float64)[held_out]
-    platt = fit_logistic(run.train_scores[held_out].double().numpy().ravel(), held_out_correct.ravel())
-    probabilities = apply_logistic(run.scores.double().numpy().ravel(), platt)
     write_report(
         out / "report.html",
         title=title,
         lead=lead,
         arms=run.arms,
-        figures=[
-            Figure(
-                accuracy_curves(run.arms), "Accuracy against the number of samples. The bar at the end is the interval."
-            ),
-            Figure(
-                calibration(probabilities, correct.ravel()),
-                "Calibration of the probe on test completions, after a logistic map fitted on prompts that it was not "
-                "trained on.",
-            ),
-            Figure(length_histogram(lengths_by_verdict(run.test)), "Completion lengths by verdict."),
-        ],
+        figures=figures(run),
         table=run.test,
         scores=run.scores.tolist(),
         definitions=("pass@1", "maj@k", "best-of-k", "pass@k", "tokens", "seconds", "interval"),
         manifest=run.manifest,
     )
+
+
+def figures(run: QProbeRun) -> list[Figure]:
+    correct = np.array(run.test.rectangle("correct"), dtype=np.float64)
+    held_out = list(run.fitted.held_out)
+    held_out_correct = np.array(run.train.rectangle("correct"), dtype=np.float64)[held_out]
+    platt = fit_logistic(run.train_scores[held_out].double().numpy().ravel(), held_out_correct.ravel())
+    probabilities = apply_logistic(run.scores.double().numpy().ravel(), platt)
+    return [
+        Figure(
+            accuracy_curves(run.arms), "Accuracy against the number of samples. The bar at the end is the interval."
+        ),
+        Figure(
+            calibration(probabilities, correct.ravel()),
+            "Calibration of the probe on test completions, after a logistic map fitted on prompts that it was not "
+            "trained on.",
+        ),
+        Figure(length_histogram(lengths_by_verdict(run.test)), "Completion lengths by verdict."),
+    ]
 
 
 def fit(policy: Policy, table: RolloutTable, config: QProbeConfig, cache: Path) -> tuple[ProbeResult, torch.Tensor]:

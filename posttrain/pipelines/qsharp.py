@@ -43,6 +43,8 @@ Stage = Literal["collect", "train", "evaluate"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 MATCHING_PROMPTS = 64  # training prompts on which the beta is found at which CD has the KL of Q#
 MATCHING_STEPS = 7  # halvings of log beta between 1e-3 and 10
+# Of the embedded model: half its size, and well past what it needs to know which chains come out right.
+TINY_VALUE = ValueTraining(head="v", layers=2, learning_rate=1e-3, head_learning_rate=3e-3, epochs=2.0)
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class QSharpConfig:
     beta: float = field(default=0.1, metadata={"help": "KL coefficient, for rolling in and for measuring"})
     sweep: tuple[float, ...] = field(default=(), metadata={"help": "more betas, for accuracy against KL"})
     guidance: Guidance = field(default_factory=Guidance, metadata={"help": "candidates, delta, outside, order"})
-    value: ValueTraining = field(default_factory=ValueTraining, metadata={"help": "the value model and its training"})
+    value: ValueTraining = field(default=TINY_VALUE, metadata={"help": "the value model and its training"})
     slots: int = field(default=64, metadata={"help": "requests in the running batch"})
     shard_prompts: int = field(default=50, metadata={"help": "prompts per shard: what is redone after an interruption"})
     device: str | None = field(default=None, metadata={"help": "cpu or cuda; default: cuda where there is one"})

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -105,7 +106,7 @@ def train_value(
             packing=config.packing,
             use_cpu=policy.model.device.type == "cpu",
             logging_strategy="epoch",
-            disable_tqdm=None,
+            disable_tqdm=not sys.stderr.isatty(),
             seed=seed,
         ),
         train,
