@@ -11,6 +11,7 @@ Interrupted, the same command with --resume continues where it stopped; the repo
 """
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="problems per shard, the unit that --resume redoes; default: 256 completions' worth",
     )
     group.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
+    group.add_argument("--guide", metavar="DIR", help="a value model of posttrain qsharp, which tilts every token")
+    group.add_argument(
+        "--beta",
+        metavar="B[,B...]",
+        help="KL coefficient of the guide, default 0.1; several: Q# and CD at each, and accuracy against KL",
+    )
+    group.add_argument(
+        "--any-reference", action="store_true", help="use a guide that was trained for another policy all the same"
+    )
     group = parser.add_argument_group("report, export, overlap", argument_default=NOT_GIVEN)
     group.add_argument("--compare", type=Path, metavar="DIR2", help="report: the evaluation to compare with")
     group.add_argument("--to", type=Path, metavar="FOLDER", help="export: where the log goes")
@@ -84,8 +94,12 @@ def _option(name: str) -> str:
 def _measure(words: list[str], given: dict[str, Any]) -> None:
     import torch
 
+    from posttrain.cli.tables import print_table
+    from posttrain.decoding.guidance import Guidance
+    from posttrain.decoding.guide import load_guide
     from posttrain.evaluation.benchmarks import load_all
     from posttrain.evaluation.harness import Model, evaluate
+    from posttrain.evaluation.sweep import COLUMNS, Law, rows, sweep
     from posttrain.models.load import load_model
     from posttrain.rollouts.transformers import TransformersEngine
 
@@ -100,9 +114,9 @@ def _measure(words: list[str], given: dict[str, Any]) -> None:
     )
     if "threads" in given:
         torch.set_num_threads(given["threads"])
+    betas = _betas(given)
     policy = load_model(given["model"], given.get("device"), given.get("dtype"))
     slots = given.get("slots", 64)
-    engine = TransformersEngine(policy.model, policy.tokenizer, fingerprint=policy.fingerprint, slots=slots)
     settings = {
         "engine": "transformers",
         "slots": slots,
@@ -110,17 +124,45 @@ def _measure(words: list[str], given: dict[str, Any]) -> None:
         "device": policy.model.device.type,
         "threads": torch.get_num_threads(),
     }
-    evaluate(
-        tasks,
-        Model(policy.name, engine, policy.tokenizer, settings),
-        given["out"],
-        seed=given.get("seed", 0),
-        resume=given.get("resume", False),
-        until=given.get("until", "report"),
-        shard_prompts=given.get("shard_prompts"),
-    )
-    if given.get("until", "report") == "report":
-        _show(given["out"])
+
+    def model(law: Law | None, beta: float | None) -> Model:
+        any_reference = given.get("any_reference", False)
+        guide = load_guide(given["guide"], policy, Guidance(law=law), any_reference) if law else None
+        engine = TransformersEngine(
+            policy.model, policy.tokenizer, fingerprint=policy.fingerprint, slots=slots, guide=guide
+        )
+        guided = {"guidance": guide.settings} if guide else {}
+        return Model(policy.name, engine, policy.tokenizer, {**settings, **guided}, beta, guide.name if guide else None)
+
+    out, options = given["out"], {name: given[name] for name in ("seed", "resume", "shard_prompts") if name in given}
+    if len(betas) > 1:
+        if "until" in given:
+            raise UserError("until: a sweep over several betas runs whole; leave it out")
+        print_table(COLUMNS, rows(sweep(tasks, model, betas, out, **options)))
+        print(f"report: {out / 'frontier.html'} (also .json), and one in every run's folder")
+        return
+    until = given.get("until", "report")
+    evaluate(tasks, model("qsharp", betas[0]) if betas else model(None, None), out, until=until, **options)
+    if until == "report":
+        _show(out)
+
+
+def _betas(given: dict[str, Any]) -> list[float]:
+    """Empty without a guide."""
+    if "guide" not in given:
+        for name in ("beta", "any_reference"):
+            if name in given:
+                raise UserError(f"{_option(name)}: it is the guide's; name one with --guide DIR")
+        return []
+    try:
+        betas = [float(beta) for beta in given.get("beta", "0.1").split(",")]
+    except ValueError:
+        raise UserError(f"--beta: must be numbers with commas between them, got {given['beta']!r}") from None
+    if not all(0 < beta < math.inf for beta in betas):
+        raise UserError(f"--beta: must be positive and finite, got {given['beta']}")
+    if len(set(betas)) < len(betas):
+        raise UserError(f"--beta: names one twice, got {given['beta']}")
+    return betas
 
 
 def _report(words: list[str], given: dict[str, Any]) -> None:
@@ -196,7 +238,8 @@ def _show(out: Path) -> None:
 
 
 MEASURING = frozenset(
-    "n k temperature top_p top_k max_tokens limit any_data seed resume until dtype device slots shard_prompts threads".split()
+    "n k temperature top_p top_k max_tokens limit any_data seed resume until dtype device slots shard_prompts threads "
+    "guide beta any_reference".split()
 )
 NOTHING: frozenset[str] = frozenset()
 VERBS = {  # verb -> function, options that it may have, options that it must have

@@ -25,12 +25,17 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 
 @dataclass(frozen=True)
 class Model:
-    """Who is measured: an engine with its tokenizer. `settings`: what else decides its completions (dtype, device, ...)."""
+    """Who is measured: an engine with its tokenizer. `settings`: what else decides its completions (dtype, device, ...).
+
+    beta, guide: of the engine's guide, its KL coefficient and its name; None where it has none.
+    """
 
     name: str
     engine: Engine
     tokenizer: Any
     settings: dict[str, Any] = field(default_factory=dict)
+    beta: float | None = None
+    guide: str | None = None
 
 
 def evaluate(
@@ -63,7 +68,7 @@ def evaluate(
             fingerprint=engine.fingerprint,
             context=engine.context,
             seed=seed,
-            settings=model.settings,
+            settings={**model.settings, **({"beta": model.beta} if model.beta is not None else {})},
         )
         for task, rendered in zip(tasks, prompts, strict=True):
             name, first = task.benchmark.name, rendered[0]
@@ -113,6 +118,8 @@ def generate(
         out=folder / "rollouts",
         policy=model.name,
         settings=model.settings,
+        beta=model.beta,
+        guide=model.guide,
         shard_prompts=shard_prompts,
         resume=True,
     )

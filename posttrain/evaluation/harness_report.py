@@ -81,6 +81,8 @@ def definitions(summaries: dict[str, dict[str, Any]]) -> dict[str, str]:
     shown = {name for summary in summaries.values() for name in summary["metrics"]}
     if any(summary["n"] > 1 for summary in summaries.values()):
         names[1:1] = ["pass@k", "maj@k", "best-of-k", "weighted majority", "worst@k", "mG-Pass@k"]
+    if any("kl" in summary for summary in summaries.values()):
+        names.insert(names.index("tokens"), "KL")
     found = {name: DEFINITIONS[name] for name in [*names, "accuracy, finished"]}
     if any(SCORER in name for name in shown):
         found[SCORER] = OWN_DEFINITIONS[SCORER]
@@ -195,6 +197,10 @@ def facts(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
             "standard error of pass@1",
             f"{100 * error['se']:.2f} points" + (f" ({', '.join(parts)})" if parts else ""),
         )
+    if "kl" in summary:
+        kl = summary["kl"]
+        spread = f" ({kl['low']:.3f} to {kl['high']:.3f})" if kl["low"] is not None else ""
+        yield "KL to the reference, nats per completion", f"{kl['value']:.3f}{spread}"
     spread = f" ({tokens['low']:.1f} to {tokens['high']:.1f})" if tokens["low"] is not None else ""
     yield "completion tokens", f"mean {tokens['mean']:.1f}{spread}, p95 {tokens['p95']:.0f}"
     yield "truncated", percent(shares["truncation"])

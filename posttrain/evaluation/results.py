@@ -56,6 +56,7 @@ class Result:
     stops: list[list[str | None]]
     confidence: list[list[float]]  # mean log-probability of a completion's tokens; empty where the engine gave none
     lm_eval: dict[str, list[list[float]]]
+    kl: list[list[float]]  # of guided completions to the reference, in nats; empty without a guide
 
     @property
     def correct(self) -> list[list[bool]]:
@@ -104,6 +105,7 @@ def load_result(folder: Path, run: dict[str, Any], name: str, say: Callable[[str
         if None in flat(logprobs)
         else [[sum(values) / len(values) for values in group] for group in logprobs],
         lm_eval={metric: [line["lm_eval"][metric] for line in grades] for metric in names},
+        kl=table.by_prompt("kl") if any(table.column("guide")) else [],
     )
 
 
@@ -147,6 +149,9 @@ def summarise(result: Result) -> dict[str, Any]:
             "high": high[ends].tolist(),
         }
         column += curve.shape[1]
+    if result.kl:
+        spread = bootstrap_interval([float(np.mean(group)) for group in result.kl])
+        summary["kl"] = {"value": float(np.mean(flat(result.kl))), "low": finite(spread[0]), "high": finite(spread[1])}
     return {**summary, "warnings": warnings(result, summary)}
 
 

@@ -80,6 +80,7 @@ def train_value(
             )
         return made
     from peft import LoraConfig  # with the trainer below, seconds of import
+    from transformers import PrinterCallback
     from transformers.trainer_utils import get_last_checkpoint
 
     from posttrain.trainers.value import ValueConfig, ValueTrainer
@@ -116,6 +117,7 @@ def train_value(
         if config.lora_rank
         else None,
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(scratch)) if scratch.is_dir() else None)
     metrics = {name.removeprefix("eval_"): float(number) for name, number in trainer.evaluate().items()}
     trainer.save(folder)

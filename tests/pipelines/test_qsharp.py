@@ -1,0 +1,135 @@
+"""Q# from beginning to end, on a handful of problems; and, slow, what it must reach."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from posttrain.errors import UserError
+from posttrain.evaluation.metrics import paired_comparison
+from posttrain.pipelines import qsharp
+from posttrain.pipelines.qsharp import QSharpConfig, Work, run
+from posttrain.pipelines.value_training import ValueTraining
+from posttrain.rollouts.table import read_table
+
+SMALL = QSharpConfig(
+    out="",
+    train_prompts=12,
+    train_samples=6,
+    rollin_samples=2,
+    test_prompts=6,
+    k=3,
+    guided_samples=3,
+    sweep=(1.0,),
+    shard_prompts=5,
+    value=ValueTraining(head="shared", learning_rate=3e-3, epochs=2, batch_size=8, eval_fraction=0.3),
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("qsharp") / "run"
+    said: list[str] = []
+    return out, run(replace(SMALL, out=str(out)), say=said.append), said
+
+
+def test_every_arm_is_measured(finished):
+    out, result, _ = finished
+    assert {"base", "majority", "oracle", "qsharp", "qsharp_2", "cd", "qsharp_best", "qsharp_vote"} == set(result.arms)
+    for name in ("qsharp", "qsharp_2", "cd"):
+        assert result.arms[name].measures["kl"] >= 0
+        assert set(result.arms[name].measures) == {"kl", "tokens_per_second", "majority"}
+    assert {(point.law, point.beta) for point in result.points} >= {("Q#", 0.1), ("Q#", 1.0), ("CD", 1.0)}
+    qsharp.publish(result, "a title", "a lead")
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["arms"]["qsharp"]["accuracy"] == result.arms["qsharp"].accuracy
+    page = (out / "report.html").read_text()
+    assert page.count("<svg") == 2 and "KL, nats" in page
+
+
+def test_the_second_round_is_rolled_in_by_the_first(finished):
+    out, _, _ = finished
+    rollin, rollouts = read_table(out / "round-2" / "rollin"), read_table(out / "round-2" / "rollouts")
+    assert set(rollin.column("beta")) == {0.1} and None not in rollin.column("guide")
+    assert set(rollouts.column("guide")) == {None}
+    for before, after in zip(rollin.rows(), rollouts.rows(), strict=True):
+        kept = after["cut"] + 1
+        assert after["completion_ids"][:kept] == before["completion_ids"][:kept]
+        assert after["prompt_id"] == before["prompt_id"] and after["kl"] == 0
+
+
+def test_everything_is_kept(finished):
+    """Again, and what is there already is not made anew."""
+    out, result, _ = finished
+    stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    again = run(replace(SMALL, out=str(out)), say=lambda _: None)
+    assert {name: arm.accuracy for name, arm in again.arms.items()} == {
+        name: arm.accuracy for name, arm in result.arms.items()
+    }
+    assert again.points == result.points
+    assert stamps == {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+
+
+def test_a_stage_alone_says_what_it_lacks(tmp_path):
+    config = replace(SMALL, out=str(tmp_path / "run"))
+    with pytest.raises(UserError, match="table: no such folder"):
+        run(config, "train", 1, say=lambda _: None)
+    with pytest.raises(UserError, match="round 1 has no value model in .*; train it first"):
+        run(config, "collect", 2, say=lambda _: None)
+    with pytest.raises(UserError, match="round: must be between 1 and the configuration's rounds, 2, got 3"):
+        run(config, "train", 3, say=lambda _: None)
+
+
+def test_stages_alone_make_what_the_whole_run_makes(finished, tmp_path):
+    out, _, _ = finished
+    config = replace(SMALL, out=str(tmp_path / "run"))
+    for stage, number in (("collect", 1), ("train", 1), ("collect", 2)):
+        assert run(config, stage, number, say=lambda _: None) is None
+    for part in ("train", "round-2/rollouts"):
+        assert read_table(tmp_path / "run" / part).data.equals(read_table(out / part).data)
+    weights = "round-1/value/model.safetensors"
+    assert (tmp_path / "run" / weights).read_bytes() == (out / weights).read_bytes()
+
+
+def test_a_value_model_of_other_settings_is_not_overwritten(finished, tmp_path):
+    out, _, _ = finished
+    shutil.copytree(out, tmp_path / "run")
+    other = replace(SMALL, out=str(tmp_path / "run"), value=replace(SMALL.value, epochs=3))
+    with pytest.raises(UserError, match="value: .* was trained on other completions or with other settings"):
+        run(other, "train", 1, say=lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"beta": 0.0}, "beta: must be positive and finite, got 0.0"),
+        ({"sweep": (0.1, -1.0)}, "beta: must be positive and finite, got -1.0"),
+        ({"rounds": 0}, "rounds: must be at least 1, got 0"),
+        ({"test_split": "train"}, "test_split: train is the training split too"),
+    ],
+)
+def test_settings_are_checked(changes, message):
+    with pytest.raises(UserError, match=message):
+        replace(SMALL, **changes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_guidance_raises_accuracy_and_cd_does_not_do_more_with_its_kl(tmp_path, seed):
+    """500 test problems, one sample each at temperature 1, the default recipe."""
+    config = QSharpConfig(out=str(tmp_path / "run"), seed=seed, guided_samples=1, shard_prompts=100)
+    work = Work(config, say=lambda _: None)
+    result = run(config, say=lambda _: None)
+    base, one, two, cd = (result.arms[name] for name in ("base", "qsharp", "qsharp_2", "cd"))
+    assert two.accuracy > base.accuracy + 0.25
+    assert two.accuracy > result.arms["majority"].accuracy
+    for better, worse in ((two, one), (two, cd)):
+        difference = paired_comparison(better.per_problem, worse.per_problem)
+        assert difference.low > -0.02, f"{better.title} - {worse.title}: {difference}"
+    assert cd.measures["kl"] == pytest.approx(two.measures["kl"], rel=0.15)
+    value = work.guide(2).value
+    policy = work.policy.model
+    assert sum(p.numel() for p in value.parameters()) <= sum(p.numel() for p in policy.parameters())
+    assert np.isfinite(two.measures["kl"])
