@@ -16,7 +16,7 @@ def value_metrics(predicted: Array, losses: Array, returns: Array) -> dict[str, 
     their mean); calibration_error: mean |predicted - true| over bins of about equal counts, with equal predictions in one
     bin; explained_variance: of the returns. What is not defined is NaN.
     """
-    variance = float(returns.var()) if np.ptp(returns) else 0  # of equal numbers numpy's is not always 0
+    variance = float(returns.var()) if np.ptp(returns) else 0.0  # of equal numbers numpy's is not always 0
     return {
         "loss": float(losses.mean()),
         "auc": auc(predicted, returns > returns.mean()),

@@ -91,7 +91,7 @@ def test_positions_are_tenths_of_a_completion():
     """Predictions that get better from one tenth to the next."""
     position = np.tile(np.arange(20) / 20, 50)
     returns = np.repeat([0.0, 1.0], 500)
-    predicted = 0.5 + (returns - 0.5) * position
+    predicted = 0.5 + (returns - 0.5) * (position + 0.01)
     found = metrics_by_position(predicted, 1 - position, returns, position)
     assert [part["from"] for part in found] == pytest.approx([i / 10 for i in range(10)])
     assert [part["tokens"] for part in found] == [100] * 10
