@@ -176,7 +176,11 @@ class ValueTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         if hasattr(model.backbone, "merge_and_unload"):
             model.backbone = model.backbone.merge_and_unload()
-        weights = self.accelerator.get_state_dict(self.model_wrapped)  # of all ranks together
+        weights = (  # of all ranks together
+            self.model_wrapped._zero3_consolidated_16bit_state_dict()  # whether or not the launcher thought of saving
+            if is_deepspeed_zero3_enabled()
+            else self.accelerator.get_state_dict(self.model_wrapped)
+        )
         if not self.args.should_save:
             return
         model.save_pretrained(folder, state_dict=weights)

@@ -271,7 +271,7 @@ def test_it_learns_which_prefixes_succeed(policy, tmp_path, head, atoms):
     trainer.train()
     after = trainer.evaluate()
     assert 0.3 < before["eval_auc"] < 0.7
-    assert trainer.by_position[0]["auc"] > 0.95
+    assert trainer.by_position[0]["auc"] > (0.8 if fixed else 0.95)
     assert fixed or after["eval_auc"] > 0.95
     assert after["eval_loss"] < before["eval_loss"]
     assert after["eval_explained_variance"] > before["eval_explained_variance"]
