@@ -67,6 +67,7 @@ class ValueTrainer(Trainer):
 
     train_dataset, eval_dataset: of `value_examples`. trunk: the policy, for a shared head; it stays frozen.
     peft_config: LoRA on the backbone instead of full fine-tuning; `save` merges it.
+    Under ZeRO-3 make the model before the arguments: once they are there, transformers shards whatever is loaded.
     Errors: UserError for a trunk or a peft_config where the head has no use for it, adapters under ZeRO-3, and returns that
     are not within [0, 1] for a Bernoulli model.
     """

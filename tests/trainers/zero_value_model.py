@@ -14,6 +14,7 @@ from posttrain.trainers.value import ValueConfig, ValueTrainer
 
 def trained(out: Path, rows: int, accumulation: int) -> ValueTrainer:
     """Every step takes all eight examples, `rows` at a time on every rank."""
+    value = new_value_model(load_model("tiny", device="cpu"), zero_init=False)
     arguments = ValueConfig(
         str(out / "run"),
         max_steps=2,
@@ -26,7 +27,6 @@ def trained(out: Path, rows: int, accumulation: int) -> ValueTrainer:
         use_cpu=True,
         save_strategy="no",
     )
-    value = new_value_model(load_model("tiny", device="cpu"), zero_init=False)
     examples = [
         {"input_ids": list(range(43, 50 + i)), "first": 2 + i % 3, "return_": float(i % 2), "prompt_id": str(i)}
         for i in range(8)
