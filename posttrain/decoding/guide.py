@@ -41,9 +41,7 @@ class ValueGuide:
         self.settings = {"value_model": fingerprint, "head": value.config.head, **asdict(self.guidance)}
         self.reads_policy = value.config.head == "shared"
         text = policy.config.get_text_config()
-        # Models of one family pad the same vocabulary to different sizes: then its hash, which `load_value_model` has compared,
-        # says that they are the same.
-        if value.config.vocabulary is None and value.config.vocab_size != text.vocab_size:
+        if value.config.vocab_size != text.vocab_size:
             raise UserError(
                 f"guide: it knows {value.config.vocab_size} tokens, the policy {text.vocab_size}; they must be the same"
             )
@@ -210,11 +208,10 @@ class GuideSession:
             for place, token in enumerate(row.waiting, row.length)
         ]
         rows, places, tokens = torch.tensor(chains, dtype=torch.long, device=device).view(-1, 3).unbind(1)
-        known = self.value.config.vocab_size - 1  # ids above it are padding of the policy's vocabulary, and no tokens
         ends = torch.tensor([row.end if row else 0 for row in self.rows], device=device)
         starts = torch.tensor([row.length if row else 0 for row in self.rows], device=device)
         if self.value.config.head == "q":
-            hidden = self._read(tokens.clamp(max=known), rows, places, places, places, places - starts[rows])
+            hidden = self._read(tokens, rows, places, places, places, places - starts[rows])
             last = torch.zeros(len(self.rows), hidden.shape[-1], dtype=hidden.dtype, device=device)
             final = places == ends[rows] - 1
             last[rows[final]] = hidden[final]
@@ -224,7 +221,7 @@ class GuideSession:
         slots = which[number]
         end = ends[slots]
         hidden = self._read(
-            torch.cat((tokens, candidates.ids[slots, order])).clamp(max=known),
+            torch.cat((tokens, candidates.ids[slots, order])),
             torch.cat((rows, slots)),
             torch.cat((places, end + order)),
             torch.cat((places, end)),
@@ -255,7 +252,7 @@ class GuideSession:
 
     def _projected(self, ids: Tensor) -> Tensor:
         assert self.guide.projected is not None
-        return self.guide.projected[ids.clamp(max=len(self.guide.projected) - 1)]
+        return self.guide.projected[ids]
 
     def _released(self, log_tilt: Tensor, valid: Tensor, temperature: Tensor | None) -> Tensor:
         """What the released code adds: tilts before the temperature; of histograms, relative to the worst candidate."""

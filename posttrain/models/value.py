@@ -174,11 +174,14 @@ def new_value_model(
     """A value model for a policy, its backbone a copy of the language model `base` (default: of the policy itself), or of
     its first `layers` layers.
 
-    Errors: UserError for an unknown head, atoms that do not increase, a base of another vocabulary, or one with fewer layers.
+    Errors: UserError for an unknown head, atoms that do not increase, a width below 1, and a base of another vocabulary or
+    with fewer layers.
     """
     if head not in HEADS:
         raise UserError(f"head: must be one of {', '.join(HEADS)}, got {head!r}{nearest(str(head), HEADS)}")
     _check_atoms(atoms)
+    if width < 1:
+        raise UserError(f"width: must be at least 1, got {width}")
     for name, given in (("base", base), ("layers", layers)):
         if head == "shared" and given is not None:
             raise UserError(f"{name}: a shared head reads the policy's own states; leave it out")
@@ -188,6 +191,11 @@ def new_value_model(
             f"base: {source.name} has another vocabulary than the policy {policy.name}; tokens must be the same"
         )
     decoder = source.model.get_decoder()
+    rows = policy.model.get_input_embeddings().weight.shape[0]
+    if decoder.get_input_embeddings().weight.shape[0] != rows:  # families pad the same tokens to different sizes
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            source.model.resize_token_embeddings(rows, mean_resizing=False)
     config = ValueModelConfig(
         backbone=None if head == "shared" else _cut(decoder.config, layers),
         head=head,
@@ -241,7 +249,9 @@ def load_value_model(
         config, _ = ValueModelConfig.get_config_dict(folder)
         if config.get("model_type") != ValueModelConfig.model_type:
             raise UserError(f"guide: {folder} holds a {config.get('model_type')!r}, not a value model")
-        _check_atoms(config.get("atoms"))
+        if config.get("head") not in HEADS:
+            raise UserError(f"guide: {folder} has a head {config.get('head')!r}; known are {', '.join(HEADS)}")
+        _check_atoms(config.get("atoms"), f"guide: {folder} has bad ")
         value, loaded = ValueModel.from_pretrained(
             folder, use_safetensors=True, output_loading_info=True, dtype=dtype or policy.model.dtype
         )
@@ -277,9 +287,9 @@ def value_fingerprint(folder: str | Path) -> str:
     return hash_files({*folder.glob("*.safetensors"), folder / "config.json"})
 
 
-def _check_atoms(atoms: list[float] | None) -> None:
+def _check_atoms(atoms: list[float] | None, where: str = "") -> None:
     if atoms is not None:
         try:
             check_atoms(torch.as_tensor(atoms, dtype=torch.float64))
         except (ValueError, TypeError):
-            raise UserError(f"atoms: must be at least two finite increasing numbers, got {atoms}") from None
+            raise UserError(f"{where}atoms: must be at least two finite increasing numbers, got {atoms}") from None

@@ -102,6 +102,12 @@ def collect(
     if shard_prompts < 1:
         raise UserError(f"shard_prompts: must be at least 1, got {shard_prompts}")
     check_prompts(prompts, engine, sampling)
+    for (prompt_id, _), prefix in (prefixes or {}).items():
+        if prefix.finish_reason is None and len(prefix.ids) >= sampling.max_tokens:
+            raise UserError(
+                f"max_tokens: row {prompt_id!r} was rolled in for {len(prefix.ids)} tokens, which leaves nothing of "
+                f"{sampling.max_tokens}; as many as were asked for there"
+            )
     out = Path(out)
     policy = f"{policy}@{engine.fingerprint}"
     manifest: dict[str, Any] = {

@@ -8,6 +8,7 @@ cut is the guided policy's own. (The paper's algorithm draws it from pi_ref; bot
 import hashlib
 from dataclasses import dataclass, replace
 
+from posttrain.errors import UserError
 from posttrain.rollouts.engine import Completion, FinishReason
 from posttrain.rollouts.table import RolloutTable
 
@@ -36,9 +37,14 @@ NO_PREFIX = Prefix()
 
 
 def cut_completions(table: RolloutTable, seed: int) -> dict[tuple[str, int], Prefix]:
-    """A prefix of every completion of a table, by prompt id and sample; a cut is a function of seed, prompt and sample."""
+    """A prefix of every completion of a table, by prompt id and sample; a cut is a function of seed, prompt and sample.
+
+    Errors: UserError naming `table` for one without log-probabilities.
+    """
     prefixes = {}
     for row in table.rows():
+        if row["logprobs"] is None:
+            raise UserError(f"table: {table.folder} has no log-probabilities; collect it anew")
         ids, logprobs = tuple(row["completion_ids"]), tuple(row["logprobs"])
         cut = cut_index(seed, row["prompt_id"], row["sample"], len(ids))
         last = cut + 1 == len(ids)

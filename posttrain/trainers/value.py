@@ -1,5 +1,6 @@
 """Trains a value model by maximum likelihood of the return, on transformers' Trainer."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from posttrain.errors import UserError
 from posttrain.models.value import ValueModel
@@ -68,6 +70,9 @@ class ValueTrainer(Trainer):
 
     train_dataset, eval_dataset: of `value_examples`. trunk: the policy, for a shared head; it stays frozen.
     peft_config: LoRA on the backbone instead of full fine-tuning; `save` merges it.
+    Under ZeRO-3 make the model before the arguments: once they are there, transformers shards whatever is loaded.
+    Errors: UserError for a trunk or a peft_config where the head has no use for it, adapters under ZeRO-3, and returns that
+    are not within [0, 1] for a Bernoulli model.
     """
 
     def __init__(
@@ -83,11 +88,19 @@ class ValueTrainer(Trainer):
     ) -> None:
         if (model.config.head == "shared") != (trunk is not None):
             raise UserError("trunk: a shared head needs the policy that it reads, other heads must not have one")
+        if args.gradient_checkpointing and model.backbone is None:
+            raise UserError("gradient_checkpointing: a shared head has nothing to compute again; leave it out")
+        for examples in (train_dataset, eval_dataset or ()):
+            if model.config.atoms is None and any(not 0 <= example["return_"] <= 1 for example in examples):
+                raise UserError("reward: returns must be within [0, 1] without atoms; give atoms that span them")
         if peft_config is not None:
             if model.backbone is None:
                 raise UserError("peft_config: a shared head has no backbone to adapt")
+            if is_deepspeed_zero3_enabled():
+                raise UserError("peft_config: adapters cannot be merged under ZeRO-3; use ZeRO-2")
             from peft import get_peft_model
 
+            set_seed(args.seed)
             model.backbone = get_peft_model(model.backbone, peft_config)
         self.trunk = trunk.get_decoder().eval() if trunk is not None else None
         self.by_position: list[dict[str, float]] = []
@@ -177,11 +190,19 @@ class ValueTrainer(Trainer):
         return value_metrics(tokens[0], tokens[1], tokens[2])
 
     def save(self, folder: str | Path) -> None:
-        """The value model as an ordinary folder, adapters merged, with what made it in `training.json`."""
+        """The value model as an ordinary folder, adapters merged, with what made it in `training.json`; call it on all
+        ranks."""
         model = self.accelerator.unwrap_model(self.model)
         if hasattr(model.backbone, "merge_and_unload"):
             model.backbone = model.backbone.merge_and_unload()
-        model.save_pretrained(folder)
+        weights = (  # of all ranks together
+            self.model_wrapped._zero3_consolidated_16bit_state_dict()  # whether or not the launcher thought of saving
+            if is_deepspeed_zero3_enabled()
+            else self.accelerator.get_state_dict(self.model_wrapped)
+        )
+        if not self.args.should_save:
+            return
+        model.save_pretrained(folder, state_dict=weights)
         arguments = {
             name: value for name, value in self.args.to_dict().items() if isinstance(value, (int, float, str, bool))
         }
@@ -190,7 +211,12 @@ class ValueTrainer(Trainer):
             {
                 "versions": versions(),
                 "arguments": arguments,
-                "log": self.state.log_history,
-                "by_position": self.by_position,
+                "log": [_defined(entry) for entry in self.state.log_history],
+                "by_position": [_defined(entry) for entry in self.by_position],
             },
         )
+
+
+def _defined(metrics: dict[str, float]) -> dict[str, float]:
+    """Without what is NaN, as the AUC of a tenth whose returns are all equal: JSON has no word for it."""
+    return {name: value for name, value in metrics.items() if not isinstance(value, float) or math.isfinite(value)}

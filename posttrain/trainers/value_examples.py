@@ -1,5 +1,6 @@
 """What a value model learns from: completions of rollout tables, each labelled with its return from some token on."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
@@ -27,15 +28,22 @@ def examples_of(tables: Sequence[RolloutTable], drop_unanimous: bool = True) -> 
     """Every completion of the tables; of a row that was rolled in, the tokens from its cut on are labelled.
 
     drop_unanimous: leave out prompts whose completions all have the same reward, over all tables: they tell nothing of
-    which token matters. Errors: UserError naming `reward` for one that is not a number, and when nothing is left.
+    which token matters. Errors: UserError naming `reward` for one that is not a finite number, and when nothing is left;
+    naming `table` for a guided one, whose outcomes are not of the reference's law.
     """
     rewards: dict[str, set[float]] = {}
     examples: list[Example] = []
     for table in tables:
         for row in table.rows():
             reward = row["reward"]
-            if reward is None or reward != reward:
-                raise UserError(f"reward: {table.folder} has a row of prompt {row['prompt_id']!r} without a reward")
+            if reward is None or not math.isfinite(reward):
+                raise UserError(
+                    f"reward: {table.folder} has a row of prompt {row['prompt_id']!r} without a finite reward"
+                )
+            if row["beta"] is not None:
+                raise UserError(
+                    f"table: {table.folder} was sampled with a guide; its completions must be cut and rolled out first"
+                )
             rewards.setdefault(row["prompt_id"], set()).add(reward)
             if not row["completion_ids"]:
                 continue
