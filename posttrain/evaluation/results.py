@@ -56,7 +56,7 @@ class Result:
     stops: list[list[str | None]]
     confidence: list[list[float]]  # mean log-probability of a completion's tokens; empty where the engine gave none
     lm_eval: dict[str, list[list[float]]]
-    kl: list[list[float]]  # of guided completions to the reference, in nats; empty without a guide
+    kl: Sequence[Sequence[float]] = ()  # of guided completions to the reference, in nats; empty without a guide
 
     @property
     def correct(self) -> list[list[bool]]:
@@ -105,7 +105,7 @@ def load_result(folder: Path, run: dict[str, Any], name: str, say: Callable[[str
         if None in flat(logprobs)
         else [[sum(values) / len(values) for values in group] for group in logprobs],
         lm_eval={metric: [line["lm_eval"][metric] for line in grades] for metric in names},
-        kl=table.by_prompt("kl") if any(table.column("guide")) else [],
+        kl=table.by_prompt("kl") if any(table.column("guide")) else (),
     )
 
 

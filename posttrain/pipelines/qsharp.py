@@ -68,7 +68,9 @@ class QSharpConfig:
     top_p: float = field(default=1.0, metadata={"help": "of all sampling; after the tilt"})
     max_tokens: int = field(default=192, metadata={"help": "at most so many tokens per completion"})
     beta: float = field(default=0.1, metadata={"help": "KL coefficient, for rolling in and for measuring"})
-    sweep: tuple[float, ...] = field(default=(), metadata={"help": "more betas, for accuracy against KL"})
+    sweep: tuple[float, ...] = field(
+        default=(), metadata={"help": "more betas, one completion each, for accuracy against KL"}
+    )
     guidance: Guidance = field(default_factory=Guidance, metadata={"help": "candidates, delta, outside, order"})
     value: ValueTraining = field(default=TINY_VALUE, metadata={"help": "the value model and its training"})
     slots: int = field(default=64, metadata={"help": "requests in the running batch"})
@@ -247,8 +249,8 @@ class Work:
         arms["cd"] = policy_arm("cd", f"CD at that KL, beta {beta:.3g}", matched, learned)
         points.append(_point("CD", beta, matched))
         for beta in config.sweep:
-            points.append(_point("Q#", beta, self._guided(config.rounds, "qsharp", beta)))
-            points.append(_point("CD", beta, self._guided(config.rounds, "cd", beta)))
+            points.append(_point("Q#", beta, self._guided(config.rounds, "qsharp", beta, 1)))
+            points.append(_point("CD", beta, self._guided(config.rounds, "cd", beta, 1)))
         scores = self.scores(test)
         arms["qsharp_best"] = reranked_arm(
             "qsharp_best", f"Q# as reward model, best of {config.k}", scores, correct, lengths, sampled + learned
@@ -294,9 +296,12 @@ class Work:
         ]
         return sum(done.kl for done in engine.generate(requests)) / len(requests)
 
-    def _guided(self, number: int, law: Literal["qsharp", "cd"], beta: float) -> RolloutTable:
-        plan = replace(self.test_plan, samples=self.config.guided_samples, beta=beta)
-        folder = self.out / "guided" / f"{law}-{number}-beta-{beta:.4g}"
+    def _guided(
+        self, number: int, law: Literal["qsharp", "cd"], beta: float, samples: int | None = None
+    ) -> RolloutTable:
+        samples = samples or self.config.guided_samples
+        plan = replace(self.test_plan, samples=samples, beta=beta)
+        folder = self.out / "guided" / f"{law}-{number}-beta-{beta:.4g}-x{samples}"
         return rollout(
             self.policy, plan, self.test_rows, folder, resume=True, say=_silent, guide=self.guide(number, law)
         )

@@ -1,18 +1,14 @@
 import json
-from functools import partial
 
 import pytest
 
 from posttrain.cli.main import main
-from posttrain.pipelines import demo
-from posttrain.pipelines.qprobe import QProbeConfig
-
-SMALL = {"train_prompts": 10, "train_samples": 4, "test_prompts": 6, "k": 4, "layers": (1,), "poolings": ("mean",)}
+from tests.small_demo import shrink
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(demo, "QProbeConfig", partial(QProbeConfig, **SMALL))
+    shrink(monkeypatch)
 
 
 def test_one_table_and_two_files(tmp_path, capsys):
