@@ -70,30 +70,49 @@ class Candidates:
         return cls(top.indices, logprobs, valid, total)
 
 
+@dataclass(frozen=True)
+class Tilted:
+    """The guided law where it differs from the reference: log-probabilities of the candidates [rows, k] (-inf where they do
+    not count), log Z = log E_pi_ref[exp(tilt)] over what can be sampled [rows, 1], and KL(guided || reference) [rows], in
+    float64."""
+
+    logprobs: Tensor
+    log_z: Tensor
+    kl: Tensor
+
+    @classmethod
+    def of(cls, candidates: Candidates, log_tilt: Tensor, outside: Literal["mask", "zero_tilt"]) -> "Tilted":
+        """log_tilt: [rows, k], read where candidates.valid. The KL is exact, over the whole vocabulary; the reference is
+        never truncated."""
+        valid = candidates.valid
+        tilt = log_tilt.double().masked_fill(~valid, -torch.inf)
+        weights = candidates.logprobs + tilt
+        log_z = weights.logsumexp(-1, keepdim=True)
+        kl = torch.zeros_like(log_z)
+        if outside == "zero_tilt":  # what the candidates leave of pi_ref keeps its weight
+            left = torch.log1p(-candidates.logprobs.exp().masked_fill(~valid, 0).sum(-1, keepdim=True).clamp(max=1))
+            log_z = torch.logaddexp(log_z, left)
+            kl = (left - log_z).exp() * -log_z
+        logprobs = weights - log_z
+        kl = kl + (logprobs.exp() * (tilt - log_z).masked_fill(~valid, 0)).sum(-1, keepdim=True)
+        return cls(logprobs, log_z, kl.squeeze(-1).clamp(min=0))
+
+
 def guided_scores(
+    scores: Tensor, candidates: Candidates, tilted: Tilted, outside: Literal["mask", "zero_tilt"]
+) -> Tensor:
+    """Guided logits [rows, vocab], over temperature already, of the reference's scores [rows, vocab]."""
+    inside = tilted.logprobs.to(scores.dtype)
+    if outside == "mask":
+        return torch.full_like(scores, -torch.inf).scatter_(1, candidates.ids, inside)
+    guided = scores - (candidates.total.unsqueeze(-1) + tilted.log_z).to(scores.dtype)
+    kept = torch.where(candidates.valid, inside, guided.gather(1, candidates.ids))
+    return guided.scatter_(1, candidates.ids, kept)
+
+
+def guide(
     scores: Tensor, candidates: Candidates, log_tilt: Tensor, outside: Literal["mask", "zero_tilt"]
 ) -> tuple[Tensor, Tensor]:
-    """Guided logits [rows, vocab] (over temperature already), and KL(softmax(guided) || softmax(scores)) in nats [rows].
-
-    scores: float32 [rows, vocab]; log_tilt: [rows, k], read where candidates.valid. The KL is exact, over the whole
-    vocabulary, before any top-p; the reference is never truncated.
-    """
-    valid = candidates.valid
-    tilt = log_tilt.double().masked_fill(~valid, -torch.inf)
-    weights = candidates.logprobs + tilt
-    if outside == "mask":
-        log_z = weights.logsumexp(-1, keepdim=True)
-        rest = torch.zeros_like(log_z)
-        guided = torch.full_like(scores, -torch.inf)
-        guided.scatter_(1, candidates.ids, (weights - log_z).to(scores.dtype))
-    else:
-        # What the candidates leave of pi_ref keeps its weight.
-        left = torch.log1p(-candidates.logprobs.exp().masked_fill(~valid, 0).sum(-1, keepdim=True).clamp(max=1))
-        log_z = torch.logaddexp(weights.logsumexp(-1, keepdim=True), left)
-        rest = (left - log_z).exp() * -log_z
-        guided = scores - (candidates.total.unsqueeze(-1) + log_z).to(scores.dtype)
-        kept = torch.where(valid, (weights - log_z).to(scores.dtype), guided.gather(1, candidates.ids))
-        guided.scatter_(1, candidates.ids, kept)
-    probs = (weights - log_z).exp()
-    kl = (probs * (tilt - log_z).masked_fill(~valid, 0)).sum(-1) + rest.squeeze(-1)
-    return guided, kl.clamp(min=0)
+    """From a step's log-tilts [rows, k] to guided logits [rows, vocab] and their KL [rows]: all that an engine needs."""
+    tilted = Tilted.of(candidates, log_tilt, outside)
+    return guided_scores(scores, candidates, tilted, outside), tilted.kl

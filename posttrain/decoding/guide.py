@@ -11,12 +11,12 @@ candidates was drawn) wait, and are read beside the candidates of the row's next
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from posttrain.decoding.guidance import Candidates, Guidance, guided_scores
+from posttrain.decoding.guidance import Candidates, Guidance, Tilted, guided_scores
 from posttrain.errors import UserError
 from posttrain.models.cache import DecodeMasks, SlotCache, Tree, read_length, tree_attention
 from posttrain.models.load import Policy
@@ -101,6 +101,17 @@ class _Scored:
     scored: list[bool]
 
 
+class Guided(NamedTuple):
+    """What a step samples from: scores [rows, columns]; which tokens the columns are, [rows, columns] (None: the whole
+    vocabulary); the KL to the reference [rows], exactly 0 without guidance; and logsumexp of the reference's scores [rows].
+    """
+
+    scores: Tensor
+    ids: Tensor | None
+    kl: Tensor
+    total: Tensor
+
+
 class GuideSession:
     """rows[r] lives in slot r, beside the engine's own; None is a request without guidance."""
 
@@ -127,11 +138,8 @@ class GuideSession:
             input_ids=padded, position_ids=positions, attention_mask=None, past_key_values=self.cache, use_cache=True
         )
 
-    def guide_step(
-        self, scores: Tensor, temperature: Tensor | None, states: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Guided scores [rows, vocab], their KL to the reference [rows], and logsumexp(scores) [rows]; rows without guidance
-        stay as they are, with a KL of exactly 0.
+    def guide_step(self, scores: Tensor, temperature: Tensor | None, states: Tensor | None) -> "Guided":
+        """The law to sample from; rows without guidance stay as they are.
 
         scores: float32 [rows, vocab], over temperature [rows, 1] (None: 1); states [rows, d]: the policy's, where read.
         """
@@ -154,11 +162,18 @@ class GuideSession:
                 log_tilt[which] = self.value.log_tilt(logits, beta, guidance.law).double()
         if guidance.order == "released_code":
             log_tilt = self._released(log_tilt, candidates.valid, temperature)
-        guided, kl = guided_scores(scores, candidates, log_tilt, guidance.outside)
-        if None in self.rows:
-            free = torch.tensor([row is None for row in self.rows], device=scores.device)
-            guided, kl = torch.where(free.unsqueeze(-1), scores, guided), kl.masked_fill(free, 0)
-        return guided, kl, candidates.total
+        tilted = Tilted.of(candidates, log_tilt, guidance.outside)
+        if None not in self.rows:
+            if guidance.outside == "mask":  # nothing else can be sampled: a draw among k tokens, not among them all
+                ids, order = candidates.ids.sort(-1)  # in the vocabulary's order, so that a seed draws the same token
+                return Guided(tilted.logprobs.gather(1, order).float(), ids, tilted.kl, candidates.total)
+            return Guided(
+                guided_scores(scores, candidates, tilted, guidance.outside), None, tilted.kl, candidates.total
+            )
+        free = torch.tensor([row is None for row in self.rows], device=scores.device)
+        guided = guided_scores(scores, candidates, tilted, guidance.outside)
+        guided = torch.where(free.unsqueeze(-1), scores, guided)
+        return Guided(guided, None, tilted.kl.masked_fill(free, 0), candidates.total)
 
     def advance(self, tokens: Tensor, sampled: Sequence[int]) -> None:
         """After a step: tokens int64 [rows], and the same as a list."""

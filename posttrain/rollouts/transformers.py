@@ -213,10 +213,11 @@ class Batch:
             self.tokens, logprobs = self.law.draw(scores, uniforms)
             outcome = [self.tokens.double(), logprobs.double()]
         else:
-            guided, kl, total = self.guide.guide_step(scores, self.law.temperature, self._states)
-            self.tokens, logprobs = self.law.draw(guided, uniforms)
-            reference = scores.gather(1, self.tokens.unsqueeze(1)).squeeze(1) - total
-            outcome = [self.tokens.double(), logprobs.double(), kl.double(), (logprobs - reference).double()]
+            guided = self.guide.guide_step(scores, self.law.temperature, self._states)
+            drawn, logprobs = self.law.draw(guided.scores, uniforms)
+            self.tokens = drawn if guided.ids is None else guided.ids.gather(1, drawn.unsqueeze(1)).squeeze(1)
+            reference = scores.gather(1, self.tokens.unsqueeze(1)).squeeze(1) - guided.total
+            outcome = [self.tokens.double(), logprobs.double(), guided.kl, (logprobs - reference).double()]
         self.positions = self.positions + 1
         sampled, sampled_logprobs, *shifts = torch.stack(outcome).tolist()
         if math.isnan(sum(sampled_logprobs)):

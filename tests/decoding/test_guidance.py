@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from posttrain.decoding.guidance import Candidates, Guidance, guided_scores
+from posttrain.decoding.guidance import Candidates, Guidance, guide
 from posttrain.objectives.qsharp import bernoulli_log_tilt, categorical_log_tilt
 from posttrain.rollouts.sampling import truncate
 
@@ -17,7 +17,7 @@ PMF = torch.tensor(
 
 def law_of(scores, log_tilt, outside, k=4, delta=0.0):
     candidates = Candidates.of(scores, Guidance(candidates=k, delta=delta))
-    guided, kl = guided_scores(scores, candidates, log_tilt.gather(1, candidates.ids), outside)
+    guided, kl = guide(scores, candidates, log_tilt.gather(1, candidates.ids), outside)
     return torch.softmax(guided, -1)[0], kl.item()
 
 
@@ -62,7 +62,7 @@ def test_a6_temperature():
 def test_a7_top_p_after_the_tilt():
     tilt = bernoulli_log_tilt(VALUES, 0.1) / 0.8
     candidates = Candidates.of(LOGITS / 0.8, Guidance(delta=0.0))
-    guided, _ = guided_scores(LOGITS / 0.8, candidates, tilt.gather(1, candidates.ids), "mask")
+    guided, _ = guide(LOGITS / 0.8, candidates, tilt.gather(1, candidates.ids), "mask")
     kept = truncate(guided.float(), torch.tensor([0]), torch.tensor([0.9], dtype=torch.float64))
     close(torch.softmax(kept.double(), -1)[0], (0.20128469, 0.54128540, 0.25742987, 0))
 
@@ -95,7 +95,7 @@ def test_kl_is_that_of_the_whole_vocabulary(outside):
     scores = torch.randn(64, 50) * 3
     candidates = Candidates.of(scores, Guidance(candidates=8, delta=0.02))
     tilt = torch.rand(64, 8) * 10
-    guided, kl = guided_scores(scores, candidates, tilt, outside)
+    guided, kl = guide(scores, candidates, tilt, outside)
     law, ref = torch.log_softmax(guided.double(), -1), torch.log_softmax(scores.double(), -1)
     brute = torch.where(law > -torch.inf, law.exp() * (law - ref), 0.0).sum(-1)
     torch.testing.assert_close(kl, brute, atol=1e-6, rtol=1e-5)
@@ -132,7 +132,7 @@ def test_huge_tilts_do_not_overflow():
     scores = torch.randn(4, 30)
     candidates = Candidates.of(scores, Guidance(candidates=5, delta=0.0))
     for outside in ("mask", "zero_tilt"):
-        guided, kl = guided_scores(scores, candidates, torch.tensor([[1e5, 0, 1e5, 3, 0]]).expand(4, 5), outside)
+        guided, kl = guide(scores, candidates, torch.tensor([[1e5, 0, 1e5, 3, 0]]).expand(4, 5), outside)
         law = torch.softmax(guided, -1)
         assert law.isfinite().all() and kl.isfinite().all()
         expected = torch.softmax(scores.gather(1, candidates.ids[:, [0, 2]]), -1)
@@ -143,5 +143,5 @@ def test_tokens_that_do_not_exist_stay_so():
     scores = torch.tensor([[1.0, -torch.inf, 0.0, -torch.inf]])
     candidates = Candidates.of(scores, Guidance(candidates=4, delta=0.0))
     for outside in ("mask", "zero_tilt"):
-        guided, kl = guided_scores(scores, candidates, torch.ones(1, 4), outside)
+        guided, kl = guide(scores, candidates, torch.ones(1, 4), outside)
         assert (guided[0, [1, 3]] == -torch.inf).all() and kl.item() == pytest.approx(0, abs=1e-6)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from posttrain.decoding.guidance import Candidates, Guidance, guided_scores
+from posttrain.decoding.guidance import Candidates, Guidance, guide
 from posttrain.decoding.guide import ValueGuide
 from posttrain.errors import UserError
 from posttrain.models.value import ValueModel, ValueModelConfig
@@ -71,7 +71,7 @@ def naive(policy, value, guidance, request):
             if int(candidates.valid.sum()) == 1:
                 tilt = torch.zeros_like(tilt)
             tilts.append(tilt[candidates.valid])
-            law_scores, step_kl = guided_scores(scores, candidates, tilt, guidance.outside)
+            law_scores, step_kl = guide(scores, candidates, tilt, guidance.outside)
         uniforms = None if law.all_greedy else noise(torch.tensor([request.sampling.seed]), torch.tensor([len(ids)]))
         token, logprob = law.draw(law_scores, uniforms)
         ids.append(int(token))
@@ -83,8 +83,8 @@ def naive(policy, value, guidance, request):
 
 
 def check(policy, value, guidance, asked, slots=5):
-    guide = ValueGuide(value, policy, "a fingerprint", guidance)
-    engine = TransformersEngine(policy, fingerprint="random", slots=slots, guide=guide)
+    value_guide = ValueGuide(value, policy, "a fingerprint", guidance)
+    engine = TransformersEngine(policy, fingerprint="random", slots=slots, guide=value_guide)
     found = {done.request_id: done for done in engine.generate(asked)}
     assert len(found) == len(asked)
     for request in asked:
@@ -138,9 +138,12 @@ def test_controlled_decoding_uses_the_mean():
 def test_neighbours_have_no_say():
     policy, value = build_model("llama"), value_model("v")
     asked = requests(12, BETAS)
-    guide = ValueGuide(value, policy, "f", Guidance(candidates=6))
+    value_guide = ValueGuide(value, policy, "f", Guidance(candidates=6))
     runs = [
-        {d.request_id: d.ids for d in TransformersEngine(policy, fingerprint="r", slots=n, guide=guide).generate(asked)}
+        {
+            d.request_id: d.ids
+            for d in TransformersEngine(policy, fingerprint="r", slots=n, guide=value_guide).generate(asked)
+        }
         for n in (1, 3, 12)
     ]
     assert runs[0] == runs[1] == runs[2]
@@ -150,9 +153,9 @@ def test_guidance_off_is_the_base_token_for_token():
     policy = build_model("llama")
     asked = requests(12, (None,))
     plain = {d.request_id: d for d in TransformersEngine(policy, fingerprint="r", slots=4).generate(asked)}
-    guide = ValueGuide(value_model("v"), policy, "f", Guidance(candidates=6))
+    value_guide = ValueGuide(value_model("v"), policy, "f", Guidance(candidates=6))
     beside = {
-        d.request_id: d for d in TransformersEngine(policy, fingerprint="r", slots=4, guide=guide).generate(asked)
+        d.request_id: d for d in TransformersEngine(policy, fingerprint="r", slots=4, guide=value_guide).generate(asked)
     }
     assert plain == beside
     assert all(done.kl == 0 and done.log_ratio == 0 for done in beside.values())
@@ -164,16 +167,16 @@ def test_infinite_beta_is_the_base_under_zero_tilt():
     base = {
         d.request_id: d for d in TransformersEngine(policy, fingerprint="r", slots=4).generate(requests(12, (None,)))
     }
-    guide = ValueGuide(value_model("v"), policy, "f", Guidance(candidates=6, outside="zero_tilt"))
-    for done in TransformersEngine(policy, fingerprint="r", slots=4, guide=guide).generate(asked):
+    value_guide = ValueGuide(value_model("v"), policy, "f", Guidance(candidates=6, outside="zero_tilt"))
+    for done in TransformersEngine(policy, fingerprint="r", slots=4, guide=value_guide).generate(asked):
         assert done.ids == base[done.request_id].ids
         assert done.kl == pytest.approx(0, abs=1e-5)
 
 
 def test_infinite_beta_under_mask_is_the_base_renormalised_on_its_candidates():
     policy = build_model("llama")
-    guide = ValueGuide(value_model("v"), policy, "f", Guidance(candidates=4, delta=0.0))
-    engine = TransformersEngine(policy, fingerprint="r", slots=4, guide=guide)
+    value_guide = ValueGuide(value_model("v"), policy, "f", Guidance(candidates=4, delta=0.0))
+    engine = TransformersEngine(policy, fingerprint="r", slots=4, guide=value_guide)
     cut = TransformersEngine(policy, fingerprint="r", slots=4)
     expected = {d.request_id: d for d in cut.generate(requests(12, (None,), top_k=4))}
     for done in engine.generate(requests(12, (float("inf"),))):
