@@ -18,7 +18,7 @@ LEAD = (
     "drop the carry the same wrong way every time: so a majority vote hardly helps. Q-Probe re-ranks its samples; Q# learns "
     "which token leads to a right answer and guides it there (CD: the same value model, by its mean)."
 )
-ORDER = ("base", "majority", "qprobe", "oracle", "cd", "qsharp", "qsharp_2", "qsharp_best", "qsharp_vote")
+ORDER = ("base", "majority", "oracle", "qprobe", "qsharp", "qsharp_2", "cd", "qsharp_best", "qsharp_vote")
 
 
 @dataclass(frozen=True)

@@ -246,7 +246,7 @@ class Work:
         points.append(_point("Q#", config.beta, guided))
         beta = self.matched_beta(config.rounds)
         matched = self._guided(config.rounds, "cd", beta)
-        arms["cd"] = policy_arm("cd", f"CD at that KL, beta {beta:.3g}", matched, learned)
+        arms["cd"] = policy_arm("cd", f"CD at the KL of Q#, beta {beta:.3g}", matched, learned)
         points.append(_point("CD", beta, matched))
         for beta in config.sweep:
             points.append(_point("Q#", beta, self._guided(config.rounds, "qsharp", beta, 1)))
