@@ -34,7 +34,7 @@ from posttrain.pipelines.rollout import RolloutConfig, check_overlap, lengths_by
 from posttrain.pipelines.value_training import MADE_BY, ValueTraining, train_value
 from posttrain.provenance import plain, versions, write_json
 from posttrain.rollouts.collect import completion_seed, prompts_for
-from posttrain.rollouts.engine import Request, Sampling
+from posttrain.rollouts.engine import LEAST_BETA, Request, Sampling
 from posttrain.rollouts.rollin import cut_completions
 from posttrain.rollouts.table import RolloutTable, read_table
 from posttrain.rollouts.transformers import TransformersEngine
@@ -87,8 +87,8 @@ class QSharpConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: must be at least 1, got {getattr(self, name)}")
         for beta in (self.beta, *self.sweep):
-            if not 0 < beta < math.inf:
-                raise UserError(f"beta: must be positive and finite, got {beta}")
+            if not LEAST_BETA <= beta < math.inf:
+                raise UserError(f"beta: must be at least {LEAST_BETA:g} and finite, got {beta}")
         if self.train_split == self.test_split:
             raise UserError(f"test_split: {self.test_split} is the training split too; measure on another one")
 

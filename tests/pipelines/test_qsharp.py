@@ -104,8 +104,8 @@ def test_a_value_model_of_other_settings_is_not_overwritten(finished, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"beta": 0.0}, "beta: must be positive and finite, got 0.0"),
-        ({"sweep": (0.1, -1.0)}, "beta: must be positive and finite, got -1.0"),
+        ({"beta": 0.0}, "beta: must be at least 1e-09 and finite, got 0.0"),
+        ({"sweep": (0.1, -1.0)}, "beta: must be at least 1e-09 and finite, got -1.0"),
         ({"rounds": 0}, "rounds: must be at least 1, got 0"),
         ({"test_split": "train"}, "test_split: train is the training split too"),
     ],
