@@ -167,7 +167,7 @@ class Work:
 
     def _guide(self, number: int, law: Literal["qsharp", "cd"] = "qsharp") -> ValueGuide:
         folder = self.out / f"round-{number}" / "value"
-        if not folder.is_dir():
+        if not (folder / MADE_BY).is_file():  # written last: without it the training was interrupted
             raise UserError(f"stage: round {number} has no value model in {folder}; train it first (--stage train)")
         return load_guide(folder, self.policy, replace(self.config.guidance, law=law))
 

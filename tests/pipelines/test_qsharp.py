@@ -11,7 +11,7 @@ from posttrain.errors import UserError
 from posttrain.evaluation.metrics import paired_comparison
 from posttrain.pipelines import qsharp
 from posttrain.pipelines.qsharp import QSharpConfig, Work, run
-from posttrain.pipelines.value_training import ValueTraining
+from posttrain.pipelines.value_training import ValueTraining, last_checkpoint
 from posttrain.rollouts.table import read_table
 
 SMALL = QSharpConfig(
@@ -80,6 +80,27 @@ def test_a_stage_alone_says_what_it_lacks(tmp_path):
         run(config, "collect", 2, say=lambda _: None)
     with pytest.raises(UserError, match="round: must be between 1 and the configuration's rounds, 2, got 3"):
         run(config, "train", 3, say=lambda _: None)
+
+
+def test_a_half_saved_value_model_guides_nothing(tmp_path):
+    """Killed between the weights and `made_by.json`, which is written last."""
+    work = Work(replace(SMALL, out=str(tmp_path)), say=lambda _: None)
+    (tmp_path / "round-1" / "value").mkdir(parents=True)
+    (tmp_path / "round-1" / "value" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"round 1 has no value model in .*; train it first"):
+        work.guide(1)
+
+
+def test_an_interrupted_checkpoint_is_not_gone_on_from(tmp_path):
+    """transformers writes the trainer's state last."""
+    assert last_checkpoint(tmp_path / "nothing") is None
+    for step in (9, 10, 11):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "model.safetensors").touch()
+    assert last_checkpoint(tmp_path) is None
+    for step in (9, 10):
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
 
 
 def test_stages_alone_make_what_the_whole_run_makes(finished, tmp_path):
