@@ -60,6 +60,7 @@ class QSharpConfig:
     train_samples: int = field(default=8, metadata={"help": "completions of pi_ref per training prompt, round one"})
     rounds: int = field(default=2, metadata={"help": "rounds of collecting and training"})
     rollin_samples: int = field(default=4, metadata={"help": "completions per training prompt in each later round"})
+    test_data: str | None = field(default=None, metadata={"help": "what guidance is measured on; default: data"})
     test_split: str = field(default="test", metadata={"help": "where guidance is measured"})
     test_prompts: int = field(default=500, metadata={"help": "how many of its prompts"})
     k: int = field(default=8, metadata={"help": "completions of pi_ref per test prompt"})
@@ -89,7 +90,7 @@ class QSharpConfig:
         for beta in (self.beta, *self.sweep):
             if not LEAST_BETA <= beta < math.inf:
                 raise UserError(f"beta: must be at least {LEAST_BETA:g} and finite, got {beta}")
-        if self.train_split == self.test_split:
+        if self.train_split == self.test_split and self.test_data in (None, self.data):
             raise UserError(f"test_split: {self.test_split} is the training split too; measure on another one")
 
 
@@ -151,19 +152,18 @@ class Work:
 
     def __init__(self, config: QSharpConfig, say: Callable[[str], None] = print) -> None:
         self.config, self.say, self.out = config, say, Path(config.out)
-        self.train_plan = self._plan(config.train_split, config.train_prompts, config.train_samples)
-        self.test_plan = self._plan(config.test_split, config.test_prompts, config.k)
+        self.train_plan = self._plan(config.data, config.train_split, config.train_prompts, config.train_samples)
+        test_data = config.test_data or config.data
+        self.test_plan = self._plan(test_data, config.test_split, config.test_prompts, config.k)
         self.train_rows, self.test_rows = self.train_plan.rows(), self.test_plan.rows()
         check_overlap(self.train_rows, self.test_rows)
         self.policy = load_model(config.model, config.device, config.dtype)
         self.guide = cache(self._guide)
 
-    def _plan(self, split: str, limit: int, samples: int) -> RolloutConfig:
+    def _plan(self, data: str, split: str, limit: int, samples: int) -> RolloutConfig:
         config = self.config
         sampling = Sampling(config.temperature, config.top_p, max_tokens=config.max_tokens, seed=config.seed)
-        return RolloutConfig(
-            config.data, split, limit, config.prompt, samples, sampling, config.slots, config.shard_prompts
-        )
+        return RolloutConfig(data, split, limit, config.prompt, samples, sampling, config.slots, config.shard_prompts)
 
     def _guide(self, number: int, law: Literal["qsharp", "cd"] = "qsharp") -> ValueGuide:
         folder = self.out / f"round-{number}" / "value"

@@ -3,10 +3,12 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from posttrain.config import build, read_yaml
 from posttrain.errors import UserError
 from posttrain.evaluation.metrics import paired_comparison
 from posttrain.pipelines import qsharp
@@ -14,6 +16,7 @@ from posttrain.pipelines.qsharp import QSharpConfig, Work, run
 from posttrain.pipelines.value_training import ValueTraining, last_checkpoint
 from posttrain.rollouts.table import read_table
 
+RECIPES = Path(__file__).parents[2] / "recipes" / "qsharp"
 SMALL = QSharpConfig(
     out="",
     train_prompts=12,
@@ -134,6 +137,23 @@ def test_a_value_model_of_other_settings_is_not_overwritten(finished, tmp_path):
 def test_settings_are_checked(changes, message):
     with pytest.raises(UserError, match=message):
         replace(SMALL, **changes)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_are_configurations(path):
+    build(QSharpConfig, read_yaml(path))
+
+
+def test_other_test_data(tmp_path):
+    """A file has no splits: two files are trained and measured on, and no problem may be in both."""
+    for name, first in (("train", 0), ("test", 5), ("both", 2)):
+        lines = [json.dumps({"problem": f"{n}+1=?", "answer": str(n + 1)}) for n in range(first, first + 4)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    files = {"data": str(tmp_path / "train.jsonl"), "prompt": "{problem}", "test_split": "train", "out": str(tmp_path)}
+    work = Work(replace(SMALL, **files, test_data=str(tmp_path / "test.jsonl")), say=lambda _: None)
+    assert [row["problem"] for row in work.test_plan.rows()] == ["5+1=?", "6+1=?", "7+1=?", "8+1=?"]
+    with pytest.raises(UserError, match="data: 2 test problems are training problems too"):
+        Work(replace(SMALL, **files, test_data=str(tmp_path / "both.jsonl")), say=lambda _: None)
 
 
 @pytest.mark.slow
