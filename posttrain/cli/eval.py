@@ -149,6 +149,8 @@ def _measure(words: list[str], given: dict[str, Any]) -> None:
 
 def _betas(given: dict[str, Any]) -> list[float]:
     """Empty without a guide."""
+    from posttrain.rollouts.engine import LEAST_BETA
+
     if "guide" not in given:
         for name in ("beta", "any_reference"):
             if name in given:
@@ -158,8 +160,8 @@ def _betas(given: dict[str, Any]) -> list[float]:
         betas = [float(beta) for beta in given.get("beta", "0.1").split(",")]
     except ValueError:
         raise UserError(f"--beta: must be numbers with commas between them, got {given['beta']!r}") from None
-    if not all(0 < beta < math.inf for beta in betas):
-        raise UserError(f"--beta: must be positive and finite, got {given['beta']}")
+    if not all(LEAST_BETA <= beta < math.inf for beta in betas):
+        raise UserError(f"--beta: must be at least {LEAST_BETA:g} and finite, got {given['beta']}")
     if len(set(betas)) < len(betas):
         raise UserError(f"--beta: names one twice, got {given['beta']}")
     return betas

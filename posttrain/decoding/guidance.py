@@ -65,7 +65,9 @@ class Candidates:
         logprobs = top.values.double() - total.double().unsqueeze(-1)
         mass = logprobs.exp()
         above = mass.cumsum(-1) - mass
-        valid = (above < 1 - guidance.delta) & (top.values > -torch.inf)
+        # A mass of 1 by rounding is not all: a tilt can lift what is below the precision of the logits.
+        reached = above >= 1 - guidance.delta if guidance.delta else torch.zeros_like(above, dtype=torch.bool)
+        valid = ~reached & (top.values > -torch.inf)
         valid[:, 0] = True
         return cls(top.indices, logprobs, valid, total)
 

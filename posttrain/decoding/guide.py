@@ -156,10 +156,11 @@ class GuideSession:
         if any(scored) or (any(read) and not self.guide.reads_policy):
             betas = [row.beta if row else torch.inf for row in self.rows]
             which = torch.tensor(scored, device=scores.device).nonzero().squeeze(1)
-            beta = torch.tensor(betas, device=scores.device)[which].unsqueeze(-1)
+            # In float64: at a small beta what tells candidates apart is the last digits of tilts near 1 / beta.
+            beta = torch.tensor(betas, dtype=torch.float64, device=scores.device)[which].unsqueeze(-1)
             logits = self._value_logits(which, states)
             if len(which):
-                log_tilt[which] = self.value.log_tilt(logits, beta, guidance.law).double()
+                log_tilt[which] = self.value.log_tilt(logits.double(), beta, guidance.law)
         if guidance.order == "released_code":
             log_tilt = self._released(log_tilt, candidates.valid, temperature)
         tilted = Tilted.of(candidates, log_tilt, guidance.outside)

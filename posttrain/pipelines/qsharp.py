@@ -34,7 +34,7 @@ from posttrain.pipelines.rollout import RolloutConfig, check_overlap, lengths_by
 from posttrain.pipelines.value_training import MADE_BY, ValueTraining, train_value
 from posttrain.provenance import plain, versions, write_json
 from posttrain.rollouts.collect import completion_seed, prompts_for
-from posttrain.rollouts.engine import Request, Sampling
+from posttrain.rollouts.engine import LEAST_BETA, Request, Sampling
 from posttrain.rollouts.rollin import cut_completions
 from posttrain.rollouts.table import RolloutTable, read_table
 from posttrain.rollouts.transformers import TransformersEngine
@@ -60,6 +60,7 @@ class QSharpConfig:
     train_samples: int = field(default=8, metadata={"help": "completions of pi_ref per training prompt, round one"})
     rounds: int = field(default=2, metadata={"help": "rounds of collecting and training"})
     rollin_samples: int = field(default=4, metadata={"help": "completions per training prompt in each later round"})
+    test_data: str | None = field(default=None, metadata={"help": "what guidance is measured on; default: data"})
     test_split: str = field(default="test", metadata={"help": "where guidance is measured"})
     test_prompts: int = field(default=500, metadata={"help": "how many of its prompts"})
     k: int = field(default=8, metadata={"help": "completions of pi_ref per test prompt"})
@@ -87,9 +88,9 @@ class QSharpConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: must be at least 1, got {getattr(self, name)}")
         for beta in (self.beta, *self.sweep):
-            if not 0 < beta < math.inf:
-                raise UserError(f"beta: must be positive and finite, got {beta}")
-        if self.train_split == self.test_split:
+            if not LEAST_BETA <= beta < math.inf:
+                raise UserError(f"beta: must be at least {LEAST_BETA:g} and finite, got {beta}")
+        if self.train_split == self.test_split and self.test_data in (None, self.data):
             raise UserError(f"test_split: {self.test_split} is the training split too; measure on another one")
 
 
@@ -151,23 +152,22 @@ class Work:
 
     def __init__(self, config: QSharpConfig, say: Callable[[str], None] = print) -> None:
         self.config, self.say, self.out = config, say, Path(config.out)
-        self.train_plan = self._plan(config.train_split, config.train_prompts, config.train_samples)
-        self.test_plan = self._plan(config.test_split, config.test_prompts, config.k)
+        self.train_plan = self._plan(config.data, config.train_split, config.train_prompts, config.train_samples)
+        test_data = config.test_data or config.data
+        self.test_plan = self._plan(test_data, config.test_split, config.test_prompts, config.k)
         self.train_rows, self.test_rows = self.train_plan.rows(), self.test_plan.rows()
         check_overlap(self.train_rows, self.test_rows)
         self.policy = load_model(config.model, config.device, config.dtype)
         self.guide = cache(self._guide)
 
-    def _plan(self, split: str, limit: int, samples: int) -> RolloutConfig:
+    def _plan(self, data: str, split: str, limit: int, samples: int) -> RolloutConfig:
         config = self.config
         sampling = Sampling(config.temperature, config.top_p, max_tokens=config.max_tokens, seed=config.seed)
-        return RolloutConfig(
-            config.data, split, limit, config.prompt, samples, sampling, config.slots, config.shard_prompts
-        )
+        return RolloutConfig(data, split, limit, config.prompt, samples, sampling, config.slots, config.shard_prompts)
 
     def _guide(self, number: int, law: Literal["qsharp", "cd"] = "qsharp") -> ValueGuide:
         folder = self.out / f"round-{number}" / "value"
-        if not folder.is_dir():
+        if not (folder / MADE_BY).is_file():  # written last: without it the training was interrupted
             raise UserError(f"stage: round {number} has no value model in {folder}; train it first (--stage train)")
         return load_guide(folder, self.policy, replace(self.config.guidance, law=law))
 

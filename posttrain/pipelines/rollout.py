@@ -1,5 +1,6 @@
 """From a model's name and a data set's to a graded rollout table, and a page that shows it."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from posttrain.evaluation.plots import accuracy_curves, length_histogram
 from posttrain.evaluation.report import Figure, write_report
 from posttrain.models.load import Policy
 from posttrain.rollouts.collect import check_prompts, collect, prompts_for
-from posttrain.rollouts.engine import Sampling
+from posttrain.rollouts.engine import LEAST_BETA, Sampling
 from posttrain.rollouts.rollin import Prefix
 from posttrain.rollouts.table import RolloutTable
 from posttrain.rollouts.transformers import TransformersEngine
@@ -38,8 +39,8 @@ class RolloutConfig:
     beta: float | None = None
 
     def __post_init__(self) -> None:
-        if self.beta is not None and not self.beta > 0:
-            raise UserError(f"beta: must be positive, got {self.beta}")
+        if self.beta is not None and not LEAST_BETA <= self.beta < math.inf:
+            raise UserError(f"beta: must be at least {LEAST_BETA:g} and finite, got {self.beta}")
         for name in ("samples", "slots", "shard_prompts"):
             value = getattr(self, name)
             if value is not None and value < 1:

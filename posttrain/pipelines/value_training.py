@@ -81,7 +81,6 @@ def train_value(
         return made
     from peft import LoraConfig  # with the trainer below, seconds of import
     from transformers import PrinterCallback
-    from transformers.trainer_utils import get_last_checkpoint
 
     from posttrain.trainers.value import ValueConfig, ValueTrainer
     from posttrain.trainers.value_examples import examples_of, split_by_prompt
@@ -118,7 +117,7 @@ def train_value(
         else None,
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(scratch)) if scratch.is_dir() else None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
     metrics = {name.removeprefix("eval_"): float(number) for name, number in trainer.evaluate().items()}
     trainer.save(folder)
     made = {
@@ -135,3 +134,9 @@ def train_value(
     write_json(folder / MADE_BY, made)
     shutil.rmtree(scratch, ignore_errors=True)
     return made
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint; transformers writes its trainer state last, so that one without it was interrupted."""
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None

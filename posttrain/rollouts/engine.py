@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 from posttrain.errors import UserError
 
 FinishReason = Literal["stop", "length"]
+LEAST_BETA = 1e-9  # tilts go up to 1 / beta, and must keep the digits that tell tokens apart
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Request:
     """One completion to sample. `id` is the caller's own name for it, unique within one call of `generate`.
 
     beta: the KL coefficient of the engine's guide for this request, in units of the reward; None: no guidance.
-    Errors: UserError for a beta that is not positive.
+    Errors: UserError for a beta below LEAST_BETA.
     """
 
     id: int
@@ -61,8 +62,8 @@ class Request:
     beta: float | None = None
 
     def __post_init__(self) -> None:
-        if self.beta is not None and not self.beta > 0:
-            raise UserError(f"beta: must be positive (infinite: no tilt), got {self.beta}")
+        if self.beta is not None and not self.beta >= LEAST_BETA:
+            raise UserError(f"beta: must be at least {LEAST_BETA:g} (infinite: no tilt), got {self.beta}")
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,13 @@ def test_candidates_reach_the_mass_and_no_further():
         assert count == 1 or top[: count - 1].sum() < 0.95 + 1e-6
 
 
+def test_delta_0_values_all_candidates():
+    """Also where the top token's mass is 1 in float32: at a small beta the others may still win."""
+    scores = torch.tensor([[60.0, 5.0, 4.0, -torch.inf], [100.3, 90.0, 80.0, 70.0]])
+    found = Candidates.of(scores, Guidance(candidates=4, delta=0.0))
+    assert found.valid.tolist() == [[True, True, True, False], [True] * 4]
+
+
 def test_the_error_of_what_is_left_out_is_bounded():
     """Relative mass of the unscored tokens under the full tilt: at most delta * exp(1 / beta) / (1 - delta)."""
     torch.manual_seed(0)

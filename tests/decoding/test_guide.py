@@ -184,6 +184,21 @@ def test_infinite_beta_under_mask_is_the_base_renormalised_on_its_candidates():
         assert done.logprobs == pytest.approx(expected[done.request_id].logprobs, abs=1e-4)
 
 
+@pytest.mark.parametrize("atoms", [None, [0.0, 0.5, 1.0]])
+def test_a_small_beta_is_the_reference_given_success(atoms):
+    """beta -> 0: pi_ref times the probability of the best return; tilts near 1 / beta must keep their last digits."""
+    policy, value = build_model("llama"), value_model("v", atoms=atoms)
+    session = ValueGuide(value, policy, "f", Guidance(candidates=101, delta=0.0)).session(1, 64)
+    prompt = (5, 9, 33)
+    with torch.inference_mode():
+        scores = policy(input_ids=torch.tensor([prompt])).logits[:, -1]
+        session.add([prompt], [1e-9], torch.tensor([prompt[:-1]]), None)
+        guided, _, _ = session.guide_step(scores, None, None)
+        logits = value(torch.tensor([[*prompt, token] for token in range(101)]))[:, -1]
+    log_p = torch.nn.functional.logsigmoid(logits) if atoms is None else torch.log_softmax(logits, -1)[:, -1]
+    torch.testing.assert_close(guided.softmax(-1)[0], (scores[0] + log_p).softmax(-1), atol=1e-4, rtol=0)
+
+
 def test_an_abandoned_run_leaves_no_hook():
     policy, value = build_model("llama"), value_model("shared")
     engine = TransformersEngine(policy, fingerprint="r", guide=ValueGuide(value, policy, "f"))
@@ -200,9 +215,9 @@ def test_beta_needs_a_guide():
         engine.generate([Request(0, (5,), Sampling(max_tokens=4), beta=0.1)])
 
 
-@pytest.mark.parametrize("beta", [0.0, -1.0, float("nan")])
-def test_beta_is_positive(beta):
-    with pytest.raises(UserError, match="beta: must be positive"):
+@pytest.mark.parametrize("beta", [0.0, -1.0, 1e-50, float("nan")])
+def test_beta_has_a_least_value(beta):
+    with pytest.raises(UserError, match="beta: must be at least 1e-09"):
         Request(0, (5,), Sampling(), beta=beta)
 
 

@@ -3,17 +3,20 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from posttrain.config import build, read_yaml
 from posttrain.errors import UserError
 from posttrain.evaluation.metrics import paired_comparison
 from posttrain.pipelines import qsharp
 from posttrain.pipelines.qsharp import QSharpConfig, Work, run
-from posttrain.pipelines.value_training import ValueTraining
+from posttrain.pipelines.value_training import ValueTraining, last_checkpoint
 from posttrain.rollouts.table import read_table
 
+RECIPES = Path(__file__).parents[2] / "recipes" / "qsharp"
 SMALL = QSharpConfig(
     out="",
     train_prompts=12,
@@ -82,6 +85,27 @@ def test_a_stage_alone_says_what_it_lacks(tmp_path):
         run(config, "train", 3, say=lambda _: None)
 
 
+def test_a_half_saved_value_model_guides_nothing(tmp_path):
+    """Killed between the weights and `made_by.json`, which is written last."""
+    work = Work(replace(SMALL, out=str(tmp_path)), say=lambda _: None)
+    (tmp_path / "round-1" / "value").mkdir(parents=True)
+    (tmp_path / "round-1" / "value" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"round 1 has no value model in .*; train it first"):
+        work.guide(1)
+
+
+def test_an_interrupted_checkpoint_is_not_gone_on_from(tmp_path):
+    """transformers writes the trainer's state last."""
+    assert last_checkpoint(tmp_path / "nothing") is None
+    for step in (9, 10, 11):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "model.safetensors").touch()
+    assert last_checkpoint(tmp_path) is None
+    for step in (9, 10):
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
 def test_stages_alone_make_what_the_whole_run_makes(finished, tmp_path):
     out, _, _ = finished
     config = replace(SMALL, out=str(tmp_path / "run"))
@@ -104,8 +128,8 @@ def test_a_value_model_of_other_settings_is_not_overwritten(finished, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"beta": 0.0}, "beta: must be positive and finite, got 0.0"),
-        ({"sweep": (0.1, -1.0)}, "beta: must be positive and finite, got -1.0"),
+        ({"beta": 0.0}, "beta: must be at least 1e-09 and finite, got 0.0"),
+        ({"sweep": (0.1, -1.0)}, "beta: must be at least 1e-09 and finite, got -1.0"),
         ({"rounds": 0}, "rounds: must be at least 1, got 0"),
         ({"test_split": "train"}, "test_split: train is the training split too"),
     ],
@@ -113,6 +137,23 @@ def test_a_value_model_of_other_settings_is_not_overwritten(finished, tmp_path):
 def test_settings_are_checked(changes, message):
     with pytest.raises(UserError, match=message):
         replace(SMALL, **changes)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_are_configurations(path):
+    build(QSharpConfig, read_yaml(path))
+
+
+def test_other_test_data(tmp_path):
+    """A file has no splits: two files are trained and measured on, and no problem may be in both."""
+    for name, first in (("train", 0), ("test", 5), ("both", 2)):
+        lines = [json.dumps({"problem": f"{n}+1=?", "answer": str(n + 1)}) for n in range(first, first + 4)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    files = {"data": str(tmp_path / "train.jsonl"), "prompt": "{problem}", "test_split": "train", "out": str(tmp_path)}
+    work = Work(replace(SMALL, **files, test_data=str(tmp_path / "test.jsonl")), say=lambda _: None)
+    assert [row["problem"] for row in work.test_plan.rows()] == ["5+1=?", "6+1=?", "7+1=?", "8+1=?"]
+    with pytest.raises(UserError, match="data: 2 test problems are training problems too"):
+        Work(replace(SMALL, **files, test_data=str(tmp_path / "both.jsonl")), say=lambda _: None)
 
 
 @pytest.mark.slow

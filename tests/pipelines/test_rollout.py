@@ -95,3 +95,9 @@ def test_a_table_of_another_grader_is_named_when_finished_and_not_continued_when
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="^grader: .*'another grader'"):
         collected(policy, tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("beta", [0.0, 1e-50, float("inf"), float("nan")])
+def test_beta_is_a_number_that_a_manifest_can_hold(beta):
+    with pytest.raises(UserError, match="beta: must be at least 1e-09 and finite"):
+        RolloutConfig("arithmetic", beta=beta)
