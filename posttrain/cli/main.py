@@ -14,6 +14,7 @@ COMMANDS = {
     "rollout": "sample completions of a model, grade them, store them as a rollout table",
     "qprobe": "train a Q-Probe on a model's own samples and measure its re-ranking",
     "qsharp": "learn the law of the return, guide every token by it, measure what that buys",
+    "dqo": "train a policy offline by soft actor-critic over tokens, and measure it",
     "demo": "the whole path on the embedded model: sample, grade, learn, re-rank, measure, report",
     "eval": "measure a model on math benchmarks, with intervals; re-grade, report, compare",
     "grade": "is this answer right? and why",

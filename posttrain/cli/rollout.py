@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
     parser.add_argument("--guide", metavar="DIR", help="a value model of posttrain qsharp, which tilts every token")
     parser.add_argument("--beta", type=float, help="KL coefficient of the guide, in units of the reward; default 0.1")
-    parser.add_argument("--candidates", type=int, default=20, help="most likely tokens that the guide values")
+    parser.add_argument("--candidates", type=int, help="most likely tokens that the guide values; default 20")
     parser.add_argument(
         "--any-reference", action="store_true", help="use a guide that was trained for another policy all the same"
     )
@@ -61,13 +61,14 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"threads: must be at least 1, got {args.threads}")
         torch.set_num_threads(args.threads)
     sampling = Sampling(args.temperature, args.top_p, args.top_k, args.max_tokens, args.seed)
-    if args.beta is not None and not args.guide:
-        raise UserError("beta: it is the guide's; name one with --guide DIR")
+    for name in ("beta", "candidates", "any_reference"):
+        if not args.guide and getattr(args, name) not in (None, False):
+            raise UserError(f"--{name.replace('_', '-')}: it is the guide's; name one with --guide DIR")
     beta = (0.1 if args.beta is None else args.beta) if args.guide else None
     config = RolloutConfig(
         args.data, args.split, args.limit, args.prompt, args.samples, sampling, args.slots, args.shard_prompts, beta
     )
-    guidance = Guidance(candidates=args.candidates)
+    guidance = Guidance() if args.candidates is None else Guidance(candidates=args.candidates)
     check_folder(args.out, args.resume)
     rows = config.rows()
     policy = load_model(args.model, args.device, args.dtype)  # takes time: after all that can be refused without it

@@ -49,6 +49,8 @@ class ValueGuide:
             raise UserError(
                 f"guide: its shared head reads states of size {value.config.hidden_size}, the policy's have {text.hidden_size}"
             )
+        # None: no shorter than the policy's own.
+        self.context: int | None = None if self.reads_policy else value.config.backbone.max_position_embeddings
         decoder = policy.get_decoder() if self.reads_policy else value.backbone
         self.masks = None if self.reads_policy else DecodeMasks(decoder)
         if self.masks and decoder.config._attn_implementation == "eager":

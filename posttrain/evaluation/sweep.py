@@ -51,7 +51,7 @@ def sweep(
     """
     runs: list[tuple[Path, Law | None, float | None]] = [(out / "base", None, None)]
     laws: tuple[Law, ...] = ("qsharp", "cd")
-    runs += [(out / f"{law}-beta-{beta:g}", law, beta) for law in laws for beta in betas]
+    runs += [(out / f"{law}-beta-{beta!r}", law, beta) for law in laws for beta in betas]
     for folder, law, beta in runs:
         say(f"{folder.name}:")
         model = guided(law, beta)

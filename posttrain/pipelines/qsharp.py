@@ -90,6 +90,8 @@ class QSharpConfig:
         for beta in (self.beta, *self.sweep):
             if not LEAST_BETA <= beta < math.inf:
                 raise UserError(f"beta: must be at least {LEAST_BETA:g} and finite, got {beta}")
+        if self.guidance.law != "qsharp":
+            raise UserError("guidance.law: a run measures both laws; leave it out")
         if self.train_split == self.test_split and self.test_data in (None, self.data):
             raise UserError(f"test_split: {self.test_split} is the training split too; measure on another one")
 
@@ -301,7 +303,7 @@ class Work:
     ) -> RolloutTable:
         samples = samples or self.config.guided_samples
         plan = replace(self.test_plan, samples=samples, beta=beta)
-        folder = self.out / "guided" / f"{law}-{number}-beta-{beta:.4g}-x{samples}"
+        folder = self.out / "guided" / f"{law}-{number}-beta-{beta!r}-x{samples}"
         return rollout(
             self.policy, plan, self.test_rows, folder, resume=True, say=_silent, guide=self.guide(number, law)
         )

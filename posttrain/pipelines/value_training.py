@@ -1,5 +1,6 @@
 """From rollout tables to a saved value model: once, and from where an interrupted training stood."""
 
+import itertools
 import json
 import shutil
 import sys
@@ -48,6 +49,19 @@ class ValueTraining:
                 raise UserError(f"{name}: must be positive, got {getattr(self, name)}")
         if not 0 < self.eval_fraction < 1:
             raise UserError(f"eval_fraction: must be between 0 and 1, got {self.eval_fraction}")
+        for name in ("head_learning_rate", "layers", "lora_rank"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"{name}: must be positive, got {value}; leave it out for the default")
+        for name in ("base", "layers", "lora_rank"):
+            if self.head == "shared" and getattr(self, name) is not None:
+                raise UserError(f"{name}: a shared head has no backbone of its own; leave it out, or take head v or q")
+        if self.head == "shared" and self.gradient_checkpointing:
+            raise UserError("gradient_checkpointing: a shared head has no backbone of its own; leave it out")
+        if self.atoms is not None and not (
+            len(self.atoms) > 1 and all(a < b for a, b in itertools.pairwise(self.atoms))
+        ):
+            raise UserError(f"atoms: must be at least two increasing numbers, got {list(self.atoms)}")
 
 
 def train_value(

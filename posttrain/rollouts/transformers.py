@@ -58,6 +58,8 @@ class TransformersEngine:
         self.slots = slots
         self.guide = guide
         self.context: int = config.max_position_embeddings
+        if guide is not None and guide.context is not None:
+            self.context = min(self.context, guide.context)
         self.vocab: int = config.vocab_size
         self.eos_ids = end_ids(model, tokenizer) if eos_ids is None else frozenset(eos_ids)
 
@@ -94,10 +96,12 @@ class TransformersEngine:
 class Guide(Protocol):
     """Turns a step's scores into guided ones (`posttrain.decoding.guide`); its sessions follow the batch, slot by slot.
 
-    reads_policy: whether it needs the policy's last hidden states.
+    reads_policy: whether it needs the policy's last hidden states; context: the largest number of tokens it can read, None
+    for no limit of its own.
     """
 
     reads_policy: bool
+    context: int | None
 
     def session(self, slots: int, context: int) -> Any: ...
 

@@ -193,7 +193,7 @@ def test_a_small_beta_is_the_reference_given_success(atoms):
     with torch.inference_mode():
         scores = policy(input_ids=torch.tensor([prompt])).logits[:, -1]
         session.add([prompt], [1e-9], torch.tensor([prompt[:-1]]), None)
-        guided, _, _ = session.guide_step(scores, None, None)
+        guided = session.guide_step(scores, None, None).scores  # of all tokens, in the order of their ids
         logits = value(torch.tensor([[*prompt, token] for token in range(101)]))[:, -1]
     log_p = torch.nn.functional.logsigmoid(logits) if atoms is None else torch.log_softmax(logits, -1)[:, -1]
     torch.testing.assert_close(guided.softmax(-1)[0], (scores[0] + log_p).softmax(-1), atol=1e-4, rtol=0)

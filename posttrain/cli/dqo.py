@@ -1,0 +1,30 @@
+"""DQO: train a policy by soft actor-critic over tokens, offline, on its own graded completions, and measure it.
+
+Collects completions, trains policy and value model together, and measures the policy before and after. Interrupted, the same
+command goes on where it stopped. Every field of the configuration: posttrain.pipelines.dqo.
+"""
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, help="a YAML file such as recipes/dqo/arithmetic.yaml")
+    parser.add_argument("--out", help="the run's folder, instead of the configuration's")
+    parser.add_argument("--model", help="instead of the configuration's")
+
+
+def run(args: argparse.Namespace) -> None:
+    from posttrain.cli.tables import print_arms
+    from posttrain.config import build, read_yaml
+    from posttrain.pipelines import dqo
+
+    overrides = {name: value for name, value in (("out", args.out), ("model", args.model)) if value is not None}
+    config = build(dqo.DQORunConfig, {**read_yaml(args.config), **overrides})
+    result = dqo.run(config)
+    dqo.publish(
+        result,
+        f"DQO: {config.model} on {config.data}",
+        f"Trained offline on {config.train_samples} completions of each of {config.train_prompts} prompts.",
+    )
+    print_arms(result.arms.values())
+    print(f"report: {config.out}/report.html\npolicy: {config.out}/policy")

@@ -1,0 +1,74 @@
+"""A policy and its value function as one module: one optimizer, one DeepSpeed engine, one checkpoint, one forward."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.models.logprobs import token_logprobs
+from posttrain.models.value import ValueModel, ValueModelConfig
+
+
+class ActorCritic(nn.Module):
+    """policy: a causal language model, PEFT adapters included; critic: a V-type value model, whose logit is V itself."""
+
+    def __init__(self, policy: Any, critic: ValueModel) -> None:
+        super().__init__()
+        self.policy = policy
+        self.critic = critic
+
+    @property
+    def config(self) -> Any:
+        """The policy's: what transformers' Trainer and DeepSpeed read sizes from."""
+        return self.policy.config
+
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        for model in (self.policy, self.critic.backbone):
+            model.gradient_checkpointing_enable(**kwargs)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        actions: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """log pi(token) and V(before it) of the tokens that `actions` marks: both float32 [marked tokens], in order.
+
+        input_ids: [rows, time]; actions: bool [rows, time], true at the tokens of completions, never at a row's first.
+        """
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "use_cache": False,
+        }
+        before = actions.roll(-1, dims=1)  # the state before token t is that at token t - 1
+        states = decoder(self.policy)(**inputs).last_hidden_state[before]
+        logprobs = token_logprobs(self.policy, states, input_ids[actions])
+        values = self.critic.after(self.critic.backbone(**inputs).last_hidden_state[before])
+        return logprobs, values
+
+
+def decoder(policy: Any) -> Any:
+    """The policy without its head, adapters in place."""
+    return (policy.get_base_model() if hasattr(policy, "get_base_model") else policy).get_decoder()
+
+
+def new_critic(policy: Any, reference: str) -> ValueModel:
+    """V = 0 everywhere, in float32, its backbone a copy of the policy's own. reference: the starting policy's fingerprint."""
+    body = policy.get_decoder()
+    config = ValueModelConfig(
+        backbone=copy.deepcopy(body.config),
+        head="v",
+        hidden_size=body.config.hidden_size,
+        embedding_size=body.get_input_embeddings().embedding_dim,
+        vocab_size=body.config.vocab_size,
+        reference=reference,
+    )
+    with torch.random.fork_rng(devices=[]):
+        critic = ValueModel(config).to(policy.device)
+    critic.backbone.load_state_dict(body.state_dict())
+    critic.zero_head()
+    return critic

@@ -1,0 +1,226 @@
+"""DQO from beginning to end: collect completions of the policy, learn from them offline, measure the policy that came out.
+
+    train/            rollout table of the starting policy
+    policy/           the trained policy, an ordinary folder; its value model in policy/critic
+    test/, trained/   rollout tables of the starting and the trained policy on test problems
+    summary.json, report.html
+
+What is finished is not made again; an interrupted training continues from its last checkpoint.
+"""
+
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from posttrain.errors import UserError
+from posttrain.evaluation.arms import Arm, policy_arm, sampled_arms
+from posttrain.evaluation.plots import length_histogram
+from posttrain.evaluation.report import Figure, write_report
+from posttrain.models.actor_critic import ActorCritic, new_critic
+from posttrain.models.load import Policy, load_model
+from posttrain.pipelines.rollout import RolloutConfig, check_overlap, lengths_by_verdict, rollout
+from posttrain.provenance import hash_json, plain, versions, write_json
+from posttrain.rollouts.engine import Sampling
+from posttrain.rollouts.table import RolloutTable
+
+MADE_BY = "made_by.json"
+
+
+@dataclass(frozen=True)
+class DQOTraining:
+    """How the policy and its value model are trained; the defaults are the embedded model's."""
+
+    beta: float = field(default=0.03, metadata={"help": "KL coefficient, in units of the reward"})
+    lam: float = field(default=1.0, metadata={"help": "of the lambda-returns; 1 never bootstraps"})
+    importance_cap: float | None = field(default=math.e, metadata={"help": "cap of a completion's weight pi / mu"})
+    normalisation: Literal["token", "seq"] = field(default="token", metadata={"help": "what a loss is a mean over"})
+    full_gradient: bool = field(default=False, metadata={"help": "differentiate the returns too"})
+    learning_rate: float = field(default=3e-4, metadata={"help": "of the policy, AdamW"})
+    value_learning_rate: float = field(default=1e-3, metadata={"help": "of the value model"})
+    critic_warmup_steps: int = field(default=10, metadata={"help": "steps in which only the value model learns"})
+    epochs: float = field(default=1.0, metadata={"help": "passes over the completions"})
+    batch_size: int = field(default=32, metadata={"help": "completions per forward and device"})
+    accumulation: int = field(default=1, metadata={"help": "forwards per step"})
+    bf16: bool = field(default=False, metadata={"help": "bfloat16 forward; weights stay float32"})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory, a second forward"})
+
+
+@dataclass(frozen=True)
+class DQORunConfig:
+    """Settings of a run; the defaults are the embedded model's."""
+
+    out: str = field(metadata={"help": "the run's folder"})
+    model: str = field(default="tiny", metadata={"help": "tiny, a folder, a .gguf file or a hub id"})
+    data: str = field(default="arithmetic", metadata={"help": "a data set or a file; see posttrain rollout --help"})
+    prompt: str | None = field(default=None, metadata={"help": "the user turn, with a {problem} placeholder"})
+    train_split: str = field(default="train", metadata={"help": "where the training prompts come from"})
+    train_prompts: int = field(default=300, metadata={"help": "how many of them"})
+    train_samples: int = field(default=8, metadata={"help": "completions per training prompt"})
+    test_split: str = field(default="test", metadata={"help": "where the policy is measured"})
+    test_prompts: int = field(default=500, metadata={"help": "how many of its prompts"})
+    test_samples: int = field(default=4, metadata={"help": "completions per test prompt"})
+    temperature: float = field(default=1.0, metadata={"help": "of all sampling"})
+    max_tokens: int = field(default=192, metadata={"help": "at most so many tokens per completion"})
+    training: DQOTraining = field(default_factory=DQOTraining, metadata={"help": "the objective and the optimiser"})
+    slots: int = field(default=64, metadata={"help": "requests in the running batch"})
+    shard_prompts: int = field(default=50, metadata={"help": "prompts per shard: what is redone after an interruption"})
+    device: str | None = field(default=None, metadata={"help": "cpu or cuda; default: cuda where there is one"})
+    seed: int = field(default=0, metadata={"help": "of problems, completions and training"})
+
+    def __post_init__(self) -> None:
+        for name in ("train_prompts", "train_samples", "test_prompts", "test_samples"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        if self.train_split == self.test_split:
+            raise UserError(f"test_split: {self.test_split} is the training split too; measure on another one")
+
+
+@dataclass(frozen=True)
+class DQORun:
+    config: DQORunConfig
+    policy: Policy
+    arms: dict[str, Arm]
+    training: dict[str, Any]
+    trained: RolloutTable
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What made the numbers."""
+        return {
+            "config": plain(self.config),
+            "policy": {"name": self.policy.name, "fingerprint": self.policy.fingerprint},
+            "training": self.training,
+            "versions": versions(),
+        }
+
+
+def run(config: DQORunConfig, say: Callable[[str], None] = print) -> DQORun:
+    """Errors: UserError naming the field, before anything is sampled where that is possible."""
+    out = Path(config.out)
+    train_plan = _plan(config, config.train_split, config.train_prompts, config.train_samples)
+    test_plan = _plan(config, config.test_split, config.test_prompts, config.test_samples)
+    train_rows, test_rows = train_plan.rows(), test_plan.rows()
+    check_overlap(train_rows, test_rows)
+    policy = load_model(config.model, config.device, "float32")
+    say(f"{config.train_split}: {config.train_samples} completions of each of {len(train_rows)} prompts")
+    table = rollout(policy, train_plan, train_rows, out / "train", resume=True, say=say)
+    made = train(policy, table, config.training, out / "policy", config.seed, say)
+    say(f"{config.test_split}: {config.test_samples} completions of each of {len(test_rows)} prompts, before and after")
+    test = rollout(policy, test_plan, test_rows, out / "test", resume=True, say=_silent)
+    after = load_model(str(out / "policy"), config.device, "float32")
+    trained = rollout(after, test_plan, test_rows, out / "trained", resume=True, say=_silent)
+    lengths = [[len(ids) for ids in row] for row in test.rectangle("completion_ids")]
+    sampled = sampled_arms(test.rectangle("correct"), test.rectangle("extracted"), lengths, test.manifest["seconds"])
+    learned = table.manifest["seconds"] + made["seconds"]
+    arms = {**sampled, "dqo": policy_arm("dqo", f"DQO, beta {config.training.beta:g}", trained, learned)}
+    return DQORun(config, policy, arms, made, trained)
+
+
+def train(
+    policy: Policy,
+    table: RolloutTable,
+    config: DQOTraining,
+    folder: Path,
+    seed: int = 0,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Trains on a table of the policy's completions and saves; what was made by the same table and settings is kept.
+
+    The policy's own model is left as it was. Returns what `made_by.json` says.
+    Errors: UserError naming `policy` for a folder that something else made, or as the examples say.
+    """
+    key = hash_json([table.manifest["shards"], policy.fingerprint, seed, plain(config)])
+    if (folder / MADE_BY).is_file():
+        made = json.loads((folder / MADE_BY).read_text(encoding="utf-8"))
+        if made["key"] != key:
+            raise UserError(
+                f"policy: {folder} was trained on other completions or with other settings; delete it, or give another out"
+            )
+        return made
+    from transformers import PrinterCallback  # with the trainer below, seconds of import
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from posttrain.trainers.dqo import DQOConfig, DQOTrainer, labelled
+    from posttrain.trainers.dqo_examples import examples_of
+
+    started = time.perf_counter()
+    start = load_model(policy.name, str(policy.model.device), "float32")
+    model = ActorCritic(start.model, new_critic(start.model, policy.fingerprint))
+    examples = labelled(
+        model, examples_of([table], policy.fingerprint), policy.fingerprint, folder.parent, config.batch_size
+    )
+    say(f"DQO on {len(examples)} completions")
+    scratch = folder.with_name(f"{folder.name}-checkpoints-{key[:12]}")
+    arguments = {
+        name: value for name, value in plain(config).items() if name not in ("epochs", "batch_size", "accumulation")
+    }
+    trainer = DQOTrainer(
+        model,
+        DQOConfig(
+            output_dir=str(scratch),
+            num_train_epochs=config.epochs,
+            per_device_train_batch_size=config.batch_size,
+            gradient_accumulation_steps=config.accumulation,
+            use_cpu=policy.model.device.type == "cpu",
+            logging_steps=10,
+            save_strategy="steps",
+            save_steps=50,
+            disable_tqdm=not sys.stderr.isatty(),
+            seed=seed,
+            **arguments,
+        ),
+        examples,
+        processing_class=policy.tokenizer,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(scratch)) if scratch.is_dir() else None)
+    trainer.save(folder)
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    made = {
+        "key": key,
+        "policy": policy.fingerprint,
+        "config": plain(config),
+        "seed": seed,
+        "completions": len(examples),
+        "last": log[-1] if log else {},
+        "seconds": time.perf_counter() - started,
+        "versions": versions(),
+    }
+    write_json(folder / MADE_BY, made)
+    shutil.rmtree(scratch, ignore_errors=True)
+    return made
+
+
+def publish(result: DQORun, title: str, lead: str) -> None:
+    """`summary.json` and `report.html` in the run's folder."""
+    out = Path(result.config.out)
+    summary = {name: arm.summary() for name, arm in result.arms.items()}
+    write_json(out / "summary.json", {"arms": summary, "manifest": result.manifest})
+    write_report(
+        out / "report.html",
+        title=title,
+        lead=lead,
+        arms=result.arms,
+        figures=[Figure(length_histogram(lengths_by_verdict(result.trained)), "Completion lengths by verdict, after.")],
+        table=result.trained,
+        scores=None,
+        definitions=("pass@1", "maj@k", "pass@k", "tokens", "seconds", "interval"),
+        manifest=result.manifest,
+    )
+
+
+def _plan(config: DQORunConfig, split: str, limit: int, samples: int) -> RolloutConfig:
+    sampling = Sampling(config.temperature, max_tokens=config.max_tokens, seed=config.seed)
+    return RolloutConfig(
+        config.data, split, limit, config.prompt, samples, sampling, config.slots, config.shard_prompts
+    )
+
+
+def _silent(_: str) -> None:
+    """The prompt has been shown already."""

@@ -1,0 +1,335 @@
+"""Trains a policy by DQO: soft actor-critic over tokens, offline, on transformers' Trainer (objectives/dqo.py).
+
+Policy and value model are one module: one forward, one optimizer with a learning rate each, one checkpoint. The returns, weights
+and values that a loss holds fixed are those of the same forward, before either model is stepped.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from posttrain.errors import UserError
+from posttrain.models.actor_critic import ActorCritic
+from posttrain.objectives.dqo import (
+    importance_weights,
+    kl_rewards,
+    label_count,
+    lambda_returns,
+    policy_loss,
+    value_loss,
+)
+from posttrain.provenance import hash_json, versions, write_json
+from posttrain.trainers.dqo_examples import Example
+
+REFERENCE_TOLERANCE = 1e-3  # nats per token, in float32: what kernels and batches may change
+
+
+class Labelled(TypedDict):
+    """A completion to learn from. input_ids: prompt and completion; first: index of the completion's first token; the rest
+    is of the completion's tokens: rewards r_h, ref_logprobs log pi_ref, and logprobs log mu under the law that sampled them.
+    """
+
+    input_ids: list[int]
+    first: int
+    rewards: list[float]
+    ref_logprobs: list[float]
+    logprobs: list[float]
+
+
+@dataclass
+class DQOConfig(TrainingArguments):
+    """Arguments of transformers' Trainer, and what is DQO's own."""
+
+    beta: float = field(default=0.03, metadata={"help": "KL coefficient, in units of the reward"})
+    lam: float = field(
+        default=1.0, metadata={"help": "of the lambda-returns; 1, the reported choice, never bootstraps"}
+    )
+    importance_cap: float | None = field(
+        default=math.e, metadata={"help": "cap of a completion's weight pi / mu; none: every completion counts 1"}
+    )
+    normalisation: str = field(
+        default="token", metadata={"help": "token: mean over all tokens; seq: of each completion first"}
+    )
+    full_gradient: bool = field(
+        default=False, metadata={"help": "differentiate the returns through later tokens' log-probabilities too"}
+    )
+    learning_rate: float = field(default=5e-7, metadata={"help": "of the policy"})
+    value_learning_rate: float = field(default=1e-5, metadata={"help": "of the value model: ahead of the policy"})
+    critic_warmup_steps: int = field(default=0, metadata={"help": "steps in which only the value model learns"})
+    adam_beta2: float = field(default=0.95, metadata={"help": "of AdamW"})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm"})
+    num_train_epochs: float = field(default=1, metadata={"help": "passes over the completions"})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "completions per forward"})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "of both learning rates"})
+    train_sampling_strategy: str = field(
+        default="group_by_length", metadata={"help": "batches of similar length: little padding"}
+    )
+    report_to: Any = field(default="none", metadata={"help": "where to log: none, tensorboard, wandb, ..."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "how many checkpoints to keep"})
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta < math.inf:
+            raise UserError(f"beta: must be positive and finite, got {self.beta}")
+        if not 0 <= self.lam <= 1:
+            raise UserError(f"lam: must be between 0 and 1, got {self.lam}")
+        if self.importance_cap is not None and not self.importance_cap > 0:
+            raise UserError(f"importance_cap: must be positive, got {self.importance_cap}; leave it out for no weights")
+        if self.normalisation not in ("token", "seq"):
+            raise UserError(f"normalisation: must be token or seq, got {self.normalisation!r}")
+        if self.critic_warmup_steps < 0:
+            raise UserError(f"critic_warmup_steps: must not be negative, got {self.critic_warmup_steps}")
+        self.remove_unused_columns = False
+        super().__post_init__()
+
+
+def collate(examples: Sequence[Labelled]) -> dict[str, Tensor]:
+    """A right-padded batch, all [rows, time]: input_ids, attention_mask, `actions` (bool, the completions' tokens), and the
+    tokens' rewards and log-probabilities, NaN wherever there is none."""
+    rows = [torch.tensor(example["input_ids"]) for example in examples]
+    lengths = torch.tensor([len(row) for row in rows])
+    time = torch.arange(int(lengths.max()))
+    first = torch.tensor([example["first"] for example in examples])
+    batch = {
+        "input_ids": pad_sequence(rows, batch_first=True),
+        "attention_mask": (time < lengths[:, None]).long(),
+        "actions": (time >= first[:, None]) & (time < lengths[:, None]),
+    }
+    for name in ("rewards", "ref_logprobs", "logprobs"):
+        columns = [torch.tensor([math.nan] * example["first"] + example[name]) for example in examples]
+        batch[name] = pad_sequence(columns, batch_first=True, padding_value=math.nan)
+    return batch
+
+
+class DQOTrainer(Trainer):
+    """train_dataset: completions as `Labelled`, their reference log-probabilities computed by `reference_logprobs`.
+
+    What it logs, besides the losses: `log_ratio_right`, `log_ratio_wrong` (sums over completions whose rewards add up to more
+    than half, or not), `value_first` and `return` (V of the prompt against what came of it), `explained_variance`,
+    `weight` and `weight_capped` (mean, and share at the cap), `ess` (effective sample size over sample size), `kl`.
+    """
+
+    def __init__(
+        self,
+        model: ActorCritic,
+        args: DQOConfig,
+        train_dataset: Sequence[Labelled],
+        processing_class: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            data_collator=collate,
+            processing_class=processing_class,
+            callbacks=callbacks,
+        )
+        self.model_accepts_loss_kwargs = True  # the losses divide by the counts of the whole step themselves
+        self._measured: list[dict[str, float]] = []
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The usual one, with the value model in groups of its own."""
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(model)
+        critic = set(map(id, self.accelerator.unwrap_model(self.model).critic.parameters()))
+        for group in list(optimizer.param_groups):
+            own = [parameter for parameter in group["params"] if id(parameter) in critic]
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in critic]
+            if own:
+                optimizer.add_param_group({**group, "params": own, "lr": self.args.value_learning_rate})
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Tensor]:
+        """A step's micro-batches, and how many tokens (or completions) they have on all ranks together."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = (label_count(batch["actions"], self.args.normalisation) for batch in batches)
+        count = sum(counts, start=torch.zeros((), dtype=torch.long))
+        return batches, self.accelerator.gather(count.to(device)).sum()
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Tensor | None = None
+    ) -> Any:
+        args, mask = self.args, inputs["actions"]
+        found = model(inputs["input_ids"], mask, inputs["attention_mask"])
+        logprobs, values = (torch.zeros_like(inputs["rewards"]).masked_scatter(mask, flat) for flat in found)
+        ref, rewards = inputs["ref_logprobs"], inputs["rewards"]
+        if self.state.global_step == 0:
+            self._check_reference(logprobs, ref, mask)
+        weights = None
+        if args.importance_cap is not None:
+            weights = importance_weights(logprobs, inputs["logprobs"], mask, args.importance_cap)
+        with torch.set_grad_enabled(args.full_gradient and torch.is_grad_enabled()):
+            paid = kl_rewards(logprobs, ref, rewards, mask, args.beta)
+            returns = lambda_returns(paid, values, mask, args.lam)
+        shared = (weights, args.normalisation)
+        of_values = value_loss(values, returns, mask, *shared, num_items_in_batch)
+        of_policy = policy_loss(
+            logprobs, ref, values, rewards, returns, mask, args.beta, *shared, args.full_gradient, num_items_in_batch
+        )
+        self._measure(logprobs.detach(), ref, values.detach(), rewards, returns.detach(), mask, weights)
+        warm = self.state.global_step >= args.critic_warmup_steps
+        loss = of_values + (of_policy if warm else 0 * of_policy)
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over ranks
+        return (loss, found) if return_outputs else loss
+
+    def _check_reference(self, logprobs: Tensor, ref: Tensor, mask: Tensor) -> None:
+        """Before the first step policy and reference are the same model: what differs came from another kernel, template,
+        or temperature, and would be learned from."""
+        gap = float((logprobs.detach() - ref)[mask].abs().max()) if mask.any() else 0.0
+        tolerance = REFERENCE_TOLERANCE if not (self.args.bf16 or self.args.fp16) else 100 * REFERENCE_TOLERANCE
+        if not gap < tolerance and not getattr(self, "_checked", False):
+            raise UserError(
+                f"ref_logprobs: a token's differs by {gap:.3g} nats from that of the policy before its first step; compute "
+                "them anew with this model, in this precision"
+            )
+        self._checked = True
+
+    @torch.no_grad()
+    def _measure(
+        self,
+        logprobs: Tensor,
+        ref: Tensor,
+        values: Tensor,
+        rewards: Tensor,
+        returns: Tensor,
+        mask: Tensor,
+        weights: Any,
+    ) -> None:
+        log_ratio = (logprobs - ref).masked_fill(~mask, 0).sum(-1)
+        outcome = rewards.masked_fill(~mask, 0).sum(-1)
+        right = outcome > 0.5
+        first = mask.int().argmax(-1, keepdim=True)
+        errors = (returns - values)[mask]
+        spread = returns[mask].var(correction=0)
+        measured = {
+            "log_ratio_right": log_ratio[right].mean() if right.any() else torch.tensor(math.nan),
+            "log_ratio_wrong": log_ratio[~right].mean() if (~right).any() else torch.tensor(math.nan),
+            "value_first": values.gather(1, first).mean(),
+            "return": returns.gather(1, first).mean(),
+            "explained_variance": 1 - errors.var(correction=0) / spread if spread > 0 else torch.tensor(math.nan),
+        }
+        if weights is not None:
+            cap = self.args.importance_cap
+            measured["weight"] = weights.mean()
+            measured["weight_capped"] = (weights >= cap * (1 - 1e-6)).float().mean()
+            measured["ess"] = weights.sum().square() / weights.square().sum() / len(weights)
+        self._measured.append({name: float(value) for name, value in measured.items()})
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """With the mean of what was measured since the last time."""
+        if self._measured and "loss" in logs:
+            for name in self._measured[0]:
+                found = [values[name] for values in self._measured if not math.isnan(values[name])]
+                if found:
+                    logs[name] = sum(found) / len(found)
+            self._measured.clear()
+        super().log(logs, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """A checkpoint: the policy in the folder itself, the value model in `critic`, safetensors both."""
+        folder = Path(output_dir or self.args.output_dir)
+        model = self.accelerator.unwrap_model(self.model)
+        parts = ((folder, model.policy, "policy."), (folder / "critic", model.critic, "critic."))
+        for place, part, prefix in parts:
+            own = None
+            if state_dict is not None:
+                own = {
+                    name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)
+                }
+            part.save_pretrained(place, state_dict=own)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        model = self.accelerator.unwrap_model(model or self.model)
+        folder = Path(resume_from_checkpoint)
+        for place, part in ((folder, model.policy), (folder / "critic", model.critic)):
+            weights = {
+                name: value
+                for file in sorted(place.glob("model*.safetensors"))
+                for name, value in load_file(file).items()
+            }
+            missing, unexpected = part.load_state_dict(weights, strict=False)
+            tied = set(getattr(part, "_tied_weights_keys", None) or ())
+            if unexpected or set(missing) - tied:
+                raise UserError(f"resume_from_checkpoint: {place} is not a checkpoint of this model")
+        if hasattr(model.policy, "tie_weights"):
+            model.policy.tie_weights()
+
+    def save(self, folder: str | Path) -> None:
+        """The policy as an ordinary folder, with its value model in `critic` and what made it in `training.json`."""
+        self._save(str(folder))
+        arguments = {
+            name: value for name, value in self.args.to_dict().items() if isinstance(value, (int, float, str, bool))
+        }
+        log = [{name: value for name, value in entry.items() if value == value} for entry in self.state.log_history]
+        write_json(Path(folder) / "training.json", {"versions": versions(), "arguments": arguments, "log": log})
+
+
+def labelled(
+    model: ActorCritic, examples: Sequence[Example], fingerprint: str, cache: Path, batch_size: int = 16
+) -> list[Labelled]:
+    """Examples with their reference log-probabilities, which are kept in the folder `cache` by what they are of.
+
+    model: before its first step; fingerprint: of its policy, which is the reference.
+    """
+    dtype = str(next(model.policy.parameters()).dtype)
+    key = hash_json([fingerprint, dtype, [[example["input_ids"], example["first"]] for example in examples]])
+    path = cache / f"reference-{key[:16]}.safetensors"
+    counts = [len(example["input_ids"]) - example["first"] for example in examples]
+    if path.is_file():
+        flat = load_file(path)["logprobs"]
+    else:
+        flat = torch.cat([torch.tensor(values) for values in reference_logprobs(model, examples, batch_size)])
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        save_file({"logprobs": flat}, partial)
+        partial.replace(path)
+    found: list[Labelled] = []
+    for example, ref in zip(examples, flat.split(counts), strict=True):
+        logprobs = ref.tolist()
+        behaviour = example["behaviour_logprobs"]
+        found.append(
+            {
+                "input_ids": example["input_ids"],
+                "first": example["first"],
+                "rewards": [*[0.0] * (len(logprobs) - 1), example["reward"]],
+                "ref_logprobs": logprobs,
+                "logprobs": logprobs if behaviour is None else behaviour,
+            }
+        )
+    return found
+
+
+@torch.no_grad()
+def reference_logprobs(model: ActorCritic, examples: Sequence[Any], batch_size: int = 16) -> list[list[float]]:
+    """log pi_ref of every completion's tokens, by the kernel that training uses. model: before its first step."""
+    model.eval()
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
+    found: list[list[float]] = [[] for _ in examples]
+    device = next(model.parameters()).device
+    for start in range(0, len(order), batch_size):
+        part = [examples[i] for i in order[start : start + batch_size]]
+        batch = collate([_unlabelled(example["input_ids"], example["first"]) for example in part])
+        mask = batch["actions"].to(device)
+        flat, _ = model(batch["input_ids"].to(device), mask, batch["attention_mask"].to(device))
+        counts = mask.sum(-1).tolist()
+        for i, values in zip(order[start : start + batch_size], flat.cpu().split(counts), strict=True):
+            found[i] = values.tolist()
+    return found
+
+
+def _unlabelled(ids: list[int], first: int) -> Labelled:
+    zeros = [0.0] * (len(ids) - first)
+    return {"input_ids": ids, "first": first, "rewards": zeros, "ref_logprobs": zeros, "logprobs": zeros}

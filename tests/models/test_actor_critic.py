@@ -1,0 +1,53 @@
+"""Policy and value model in one forward."""
+
+import torch
+
+from posttrain.models.actor_critic import ActorCritic, new_critic
+from tests.small_models import build_model
+
+
+def batch():
+    ids = torch.randint(2, 101, (3, 10), generator=torch.Generator().manual_seed(0))
+    actions = torch.zeros(3, 10, dtype=torch.bool)
+    actions[0, 4:9] = actions[1, 1:4] = actions[2, 9:] = True
+    return ids, actions
+
+
+def test_a_token_s_state_is_the_one_before_it():
+    policy = build_model("llama")
+    critic = new_critic(policy, "reference")
+    torch.nn.init.normal_(critic.head.weight)
+    ids, actions = batch()
+    logprobs, values = ActorCritic(policy, critic)(ids, actions)
+    assert logprobs.shape == values.shape == (9,)
+    number = 0
+    for row in range(3):
+        for time in actions[row].nonzero()[:, 0].tolist():
+            alone = policy(input_ids=ids[row : row + 1, :time]).logits[0, -1]
+            expected = torch.log_softmax(alone, -1)[ids[row, time]]
+            torch.testing.assert_close(logprobs[number], expected, atol=1e-5, rtol=0)
+            torch.testing.assert_close(values[number], critic(ids[row : row + 1, :time])[0, -1], atol=1e-5, rtol=0)
+            number += 1
+
+
+def test_a_new_critic_says_zero_and_is_not_the_policy():
+    policy = build_model("qwen2")
+    critic = new_critic(policy, "reference")
+    ids, actions = batch()
+    _, values = ActorCritic(policy, critic)(ids, actions)
+    assert (values == 0).all()
+    shared = {p.data_ptr() for p in policy.parameters()} & {p.data_ptr() for p in critic.parameters()}
+    assert not shared
+
+
+def test_losses_of_one_do_not_reach_the_other():
+    policy = build_model("llama")
+    model = ActorCritic(policy, new_critic(policy, "reference"))
+    ids, actions = batch()
+    logprobs, values = model(ids, actions)
+    gradients = torch.autograd.grad(
+        logprobs.sum(), list(model.critic.parameters()), allow_unused=True, retain_graph=True
+    )
+    assert all(gradient is None for gradient in gradients)
+    gradients = torch.autograd.grad(values.sum(), list(policy.parameters()), allow_unused=True)
+    assert all(gradient is None for gradient in gradients)
