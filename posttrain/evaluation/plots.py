@@ -96,17 +96,26 @@ def frontier(laws: Mapping[str, Sequence[_Point]], base: float, base_interval: t
     with _figure("frontier") as (axes, svg):
         axes.axhspan(*base_interval, color=INK, alpha=0.15, linewidth=0)
         axes.axhline(base, color=INK, linewidth=1, linestyle=":")
-        for (law, points), line in zip(laws.items(), LINES[2:], strict=False):
+        for line, (law, points) in zip(
+            LINES[2:], sorted(laws.items(), reverse=True), strict=False
+        ):  # a law keeps its colour
             kls, accuracies = [point.kl for point in points], [point.accuracy for point in points]
             axes.plot(kls, accuracies, label=law, **line)
             low, high = zip(*(point.interval for point in points), strict=True)
             axes.vlines(kls, low, high, color=line["color"], alpha=0.5)
+            side = 9 if law == min(laws) else -14  # above the curve of one law, below that of the other
             for point in points:
-                axes.annotate(f"{point.beta:.2g}", (point.kl, point.accuracy), (4, -11), textcoords="offset points")
+                axes.annotate(
+                    f"{point.beta:.2g}",
+                    (point.kl, point.accuracy),
+                    (-4, side),
+                    textcoords="offset points",
+                    color=line["color"],
+                )
         axes.set_xlabel("KL to the reference, nats per completion")
         axes.set_ylabel("accuracy of one sample")
         axes.set_xlim(left=0)
-        axes.set_ylim(0, 1.02)
+        axes.set_ylim(0, 1.1)
         axes.legend(frameon=False, labelcolor=INK, loc="lower right", handlelength=3.5)
     return svg[0]
 

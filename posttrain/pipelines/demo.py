@@ -10,6 +10,7 @@ from posttrain.evaluation.report import write_report
 from posttrain.pipelines import qprobe, qsharp
 from posttrain.pipelines.qprobe import QProbeConfig, QProbeRun
 from posttrain.pipelines.qsharp import QSharpConfig, QSharpRun
+from posttrain.pipelines.value_training import ValueTraining
 from posttrain.provenance import write_json
 from posttrain.trainers.probe import ProbeConfig
 
@@ -18,6 +19,8 @@ LEAD = (
     "drop the carry the same wrong way every time: so a majority vote hardly helps. Q-Probe re-ranks its samples; Q# learns "
     "which token leads to a right answer and guides it there (CD: the same value model, by its mean)."
 )
+# Half the policy's size, and well past what it takes to know which chains come out right.
+VALUE = ValueTraining(head="v", layers=2, learning_rate=1e-3, head_learning_rate=3e-3, epochs=4.0)
 ORDER = ("base", "majority", "oracle", "qprobe", "qsharp", "qsharp_2", "cd", "qsharp_best", "qsharp_vote")
 
 
@@ -42,7 +45,7 @@ class DemoRun:
 def demo(out: Path, seed: int = 0, say: Callable[[str], None] = print) -> DemoRun:
     """Samples, grades, learns, re-ranks, guides and measures; writes `summary.json` and `report.html` into `out`."""
     probe = qprobe.run(QProbeConfig(out=str(out), seed=seed, probe=ProbeConfig(seed=seed)), say)
-    guided = qsharp.run(QSharpConfig(out=str(out), seed=seed, sweep=(0.3, 1.0)), say=say)
+    guided = qsharp.run(QSharpConfig(out=str(out), seed=seed, sweep=(0.3, 1.0), value=VALUE), say=say)
     assert guided is not None
     result = DemoRun(probe, guided)
     summary = {name: arm.summary() for name, arm in result.arms.items()}

@@ -13,7 +13,6 @@ half the sampling. A later round rolls in with the guided policy, cuts, rolls ou
 What is finished is not made again; a stage can be run alone.
 """
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -43,13 +42,11 @@ Stage = Literal["collect", "train", "evaluate"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 MATCHING_PROMPTS = 64  # training prompts on which the beta is found at which CD has the KL of Q#
 MATCHING_STEPS = 7  # halvings of log beta between 1e-3 and 10
-# Of the embedded model: half its size, and well past what it needs to know which chains come out right.
-TINY_VALUE = ValueTraining(head="v", layers=2, learning_rate=1e-3, head_learning_rate=3e-3, epochs=2.0)
 
 
 @dataclass(frozen=True)
 class QSharpConfig:
-    """Settings of a run; the defaults are the embedded model's."""
+    """Settings of a run; the defaults are the embedded model's, but for `value` (see recipes/qsharp/arithmetic.yaml)."""
 
     out: str = field(metadata={"help": "the run's folder"})
     model: str = field(default="tiny", metadata={"help": "pi_ref: tiny, a folder, a .gguf file or a hub id"})
@@ -73,7 +70,7 @@ class QSharpConfig:
         default=(), metadata={"help": "more betas, one completion each, for accuracy against KL"}
     )
     guidance: Guidance = field(default_factory=Guidance, metadata={"help": "candidates, delta, outside, order"})
-    value: ValueTraining = field(default=TINY_VALUE, metadata={"help": "the value model and its training"})
+    value: ValueTraining = field(default_factory=ValueTraining, metadata={"help": "the value model and its training"})
     slots: int = field(default=64, metadata={"help": "requests in the running batch"})
     shard_prompts: int = field(default=50, metadata={"help": "prompts per shard: what is redone after an interruption"})
     device: str | None = field(default=None, metadata={"help": "cpu or cuda; default: cuda where there is one"})
@@ -207,21 +204,30 @@ class Work:
             prefixes=cut_completions(rollin, second.seed),
         )
 
-    def train(self, number: int) -> None:
-        """A round's value model, from its start, on the completions of all rounds so far."""
+    def train(self, number: int) -> dict[str, Any]:
+        """A round's value model, from its start, on the completions of all rounds so far; what its training says of itself."""
         later = [self.out / f"round-{n}" / "rollouts" for n in range(2, number + 1)]
         tables = [read_table(folder) for folder in (self.out / "train", *later)]
         for table in tables:
             table.expect_policy(self.policy.fingerprint)
-        self.say(f"round {number}: a value model ({self.config.value.head}) from {sum(map(len, tables))} completions")
         folder = self.out / f"round-{number}" / "value"
+        new = not (folder / MADE_BY).is_file()
+        if new:
+            self.say(
+                f"round {number}: a value model ({self.config.value.head}) from {sum(map(len, tables))} completions"
+            )
         made = train_value(self.policy, tables, self.config.value, folder, self.config.seed)
-        shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in made["metrics"].items())
-        self.say(f"round {number}: on held-out prompts, per token: {shown}")
+        if new:
+            shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in made["metrics"].items())
+            self.say(f"round {number}: on held-out prompts, per token: {shown}")
+        return made
 
     def evaluate(self) -> QSharpRun:
         """pi_ref, its votes and re-rankings, every round's guided policy, and CD at the KL of the last one."""
         config = self.config
+        for number in range(1, config.rounds + 1):
+            self.guide(number)  # refused before anything is sampled
+        trainings = [self.train(number) for number in range(1, config.rounds + 1)]  # made already, by these settings
         self.say(
             f"test: {config.k} completions of each of {len(self.test_rows)} prompts, then {config.guided_samples} guided"
         )
@@ -230,11 +236,6 @@ class Work:
         lengths = [[len(ids) for ids in row] for row in test.rectangle("completion_ids")]
         sampled = test.manifest["seconds"]
         arms = sampled_arms(correct, answers, lengths, sampled)
-        trainings = [
-            json.loads((self.out / f"round-{n}" / "value" / MADE_BY).read_text(encoding="utf-8"))
-            for n in range(1, config.rounds + 1)
-            if self.guide(n)
-        ]
         learned, guided, points = read_table(self.out / "train").manifest["seconds"], test, []
         for number, training in enumerate(trainings, 1):
             if number > 1:

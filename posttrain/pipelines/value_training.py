@@ -23,7 +23,7 @@ MADE_BY = "made_by.json"
 class ValueTraining:
     """What a value model is, and how it is trained; defaults of training: the released code's."""
 
-    head: Head = field(default="shared", metadata={"help": "v, q or shared"})
+    head: Head = field(default="v", metadata={"help": "v, q or shared"})
     base: str | None = field(default=None, metadata={"help": "what the value model starts from; default: the policy"})
     layers: int | None = field(default=None, metadata={"help": "only so many of the base's layers"})
     atoms: tuple[float, ...] | None = field(default=None, metadata={"help": "of the return; default: right or wrong"})

@@ -12,6 +12,7 @@ from posttrain.config import build, read_yaml
 from posttrain.errors import UserError
 from posttrain.evaluation.metrics import paired_comparison
 from posttrain.pipelines import qsharp
+from posttrain.pipelines.demo import VALUE
 from posttrain.pipelines.qsharp import QSharpConfig, Work, run
 from posttrain.pipelines.value_training import ValueTraining, last_checkpoint
 from posttrain.rollouts.table import read_table
@@ -159,8 +160,8 @@ def test_other_test_data(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_guidance_raises_accuracy_and_cd_does_not_do_more_with_its_kl(tmp_path, seed):
-    """500 test problems, one sample each at temperature 1, the default recipe."""
-    config = QSharpConfig(out=str(tmp_path / "run"), seed=seed, guided_samples=1, shard_prompts=100)
+    """500 test problems, two samples each at temperature 1, the recipe of the demo."""
+    config = QSharpConfig(out=str(tmp_path / "run"), seed=seed, guided_samples=2, shard_prompts=100, value=VALUE)
     work = Work(config, say=lambda _: None)
     result = run(config, say=lambda _: None)
     base, one, two, cd = (result.arms[name] for name in ("base", "qsharp", "qsharp_2", "cd"))

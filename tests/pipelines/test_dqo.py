@@ -1,0 +1,66 @@
+"""DQO from beginning to end, on a handful of problems; and, slow, what it must reach."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import transformers
+
+from posttrain.config import build, read_yaml
+from posttrain.errors import UserError
+from posttrain.pipelines import dqo
+from posttrain.pipelines.dqo import DQORunConfig, DQOTraining, run
+
+SMALL = DQORunConfig(
+    out="",
+    train_prompts=6,
+    train_samples=4,
+    test_prompts=4,
+    test_samples=3,
+    shard_prompts=3,
+    training=DQOTraining(batch_size=8, critic_warmup_steps=1),
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("dqo") / "run"
+    return out, run(replace(SMALL, out=str(out)), say=lambda _: None)
+
+
+def test_the_policy_is_trained_and_measured(finished):
+    out, result = finished
+    assert {"base", "majority", "oracle", "dqo"} == set(result.arms)
+    transformers.AutoModelForCausalLM.from_pretrained(out / "policy")
+    assert result.training["completions"] == 24
+    dqo.publish(result, "a title", "a lead")
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["arms"]["dqo"]["accuracy"] == result.arms["dqo"].accuracy
+
+
+def test_everything_is_kept(finished):
+    out, result = finished
+    stamp = (out / "policy" / "model.safetensors").stat().st_mtime_ns
+    again = run(replace(SMALL, out=str(out)), say=lambda _: None)
+    assert again.arms["dqo"].accuracy == result.arms["dqo"].accuracy
+    assert stamp == (out / "policy" / "model.safetensors").stat().st_mtime_ns
+
+
+def test_a_policy_of_other_settings_is_not_overwritten(finished):
+    out, _ = finished
+    other = replace(SMALL, out=str(out), training=replace(SMALL.training, beta=0.5))
+    with pytest.raises(UserError, match="policy: .* was trained on other completions or with other settings"):
+        run(other, say=lambda _: None)
+
+
+def test_the_recipe_is_one(tmp_path):
+    config = build(DQORunConfig, read_yaml("recipes/dqo/arithmetic.yaml"))
+    assert config == replace(DQORunConfig(out="runs/dqo/arithmetic"), training=DQOTraining())
+
+
+@pytest.mark.slow
+def test_it_raises_accuracy_by_25_points(tmp_path):
+    result = run(DQORunConfig(out=str(tmp_path / "run"), test_samples=2), say=lambda _: None)
+    base, trained = result.arms["base"], result.arms["dqo"]
+    assert trained.interval[0] > base.interval[1] + 0.25
+    assert trained.tokens < 1.2 * base.tokens
