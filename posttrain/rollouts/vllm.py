@@ -1,0 +1,155 @@
+"""The engine on vLLM, in this process: paged caches, prefix caching across the samples of a prompt, log-probabilities under
+the law that was really sampled from.
+
+Same weights and seeds give the same law, and equal rows only where batches are composed alike: vLLM's kernels round by batch.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from posttrain.errors import UserError
+from posttrain.models.load import model_fingerprint
+from posttrain.rollouts.engine import Completion, Request, Sampling, check_request
+
+MEMORY_SHARE = 0.85  # of a GPU, for weights and cache together
+CPU_CACHE_GIB = "1"  # VLLM_CPU_KVCACHE_SPACE, unless the user says so: vLLM's own default is a share of all memory
+
+
+class VLLMEngine:
+    """An `Engine` on vLLM's own scheduler. Close it, or use it in a `with`: vLLM keeps threads and a process group.
+
+    folder: a transformers folder (`posttrain.models.load.model_folder`); slots: requests in the running batch; dtype:
+    `float32` or `bfloat16`, None: the checkpoint's own; context: at most so many tokens, None: as many as the model has.
+    Errors: UserError naming `engine` where vLLM is not installed or does not start with this model.
+    """
+
+    def __init__(self, folder: Path, *, slots: int = 64, dtype: str | None = None, context: int | None = None) -> None:
+        if slots < 1:
+            raise UserError(f"slots: must be at least 1, got {slots}")
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # read when vLLM is imported
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_CACHE_GIB)
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise UserError(
+                f"engine: vllm cannot be imported ({error}); pip install 'posttrain[vllm]', or use --engine transformers"
+            ) from None
+        try:
+            self.llm = LLM(
+                str(folder),
+                dtype=dtype or "auto",
+                max_model_len=context,
+                max_num_seqs=slots,
+                gpu_memory_utilization=MEMORY_SHARE,
+                enable_prefix_caching=True,
+                enforce_eager=dtype == "float32",  # compiled kernels fuse, and round, in another order
+                logprobs_mode="processed_logprobs",
+                trust_remote_code=False,
+            )
+        except (ValueError, RuntimeError, OSError) as error:  # whatever vLLM finds wrong with a model or a machine
+            raise UserError(
+                f"engine: vllm does not start with {folder}: {str(error).strip().splitlines()[0]}"
+            ) from None
+        self.fingerprint = model_fingerprint(folder)
+        self.context: int = self.llm.llm_engine.model_config.max_model_len
+        self.vocab: int = self.llm.llm_engine.model_config.get_vocab_size()
+        self._calls = 0
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """Completions as they finish. Errors: UserError for a request that cannot fit, before any generation."""
+        waiting = list(requests)
+        for request in waiting:
+            check_request(request, self.context)
+            if request.beta is not None:
+                raise UserError("beta: this engine has no guide; use the transformers engine, or leave beta out")
+            if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < self.vocab:
+                raise UserError(
+                    f"prompt: request {request.id} has token ids outside the model's vocabulary of {self.vocab}"
+                )
+        return self._run(waiting)
+
+    def _run(self, requests: list[Request]) -> Iterator[Completion]:
+        engine = self.llm.llm_engine
+        self._calls += 1  # ids of an abandoned call may still be on their way out
+        running = {f"{self._calls}-{request.id}": request for request in requests}
+        internal = [
+            engine.add_request(name, {"prompt_token_ids": list(request.prompt_ids)}, parameters(request.sampling))
+            for name, request in running.items()
+        ]
+        try:
+            while running:
+                for output in engine.step():
+                    if output.finished and output.request_id in running:
+                        yield completion(running.pop(output.request_id), output.outputs[0])
+        finally:
+            if running:
+                engine.abort_request(internal, internal=True)
+
+    def sync_weights(self, source: Any) -> None:
+        """New weights of the same architecture into the running engine; what the cache holds of the old ones is dropped.
+
+        source: a transformers folder, or a model (written to a scratch folder: vLLM reads checkpoints).
+        """
+        if isinstance(source, (str, Path)):
+            folder = Path(source)
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+            self.llm.apply_model(repack_tied_head)
+            self.llm.reset_prefix_cache()
+            self.fingerprint = model_fingerprint(folder)
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            source.save_pretrained(scratch)
+            self.sync_weights(scratch)
+
+    def close(self) -> None:
+        """Stops the engine and gives its memory back."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self.llm.llm_engine.engine_core.shutdown()
+        cleanup_dist_env_and_memory()
+
+    def __enter__(self) -> "VLLMEngine":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def repack_tied_head(model: Any) -> None:
+    """A checkpoint has no weights for a head that is tied to the embedding, so that a reload leaves it the packed copy of the
+    old ones that vLLM's CPU kernels read: silently another policy."""
+    head, config = getattr(model, "lm_head", None), model.config
+    if head is not None and getattr(config, "tie_word_embeddings", False):
+        head.quant_method.process_weights_after_loading(head)
+
+
+def parameters(sampling: Sampling) -> Any:
+    """vLLM's words for a request's law. A request with stop ids of its own ends at those and at no others."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        max_tokens=sampling.max_tokens,
+        seed=sampling.seed,
+        stop_token_ids=list(sampling.stop_ids),
+        ignore_eos=bool(sampling.stop_ids),
+        stop=list(sampling.stop),
+        detokenize=bool(sampling.stop),
+        logprobs=0,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def completion(request: Request, output: Any) -> Completion:
+    ids = tuple(output.token_ids)
+    logprobs = tuple(step[token].logprob for token, step in zip(ids, output.logprobs, strict=True))
+    stop = output.stop_reason if isinstance(output.stop_reason, str) else None
+    return Completion(request.id, ids, logprobs, "stop" if output.finish_reason == "stop" else "length", stop)
