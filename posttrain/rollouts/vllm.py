@@ -9,13 +9,14 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from posttrain.errors import UserError
 from posttrain.models.load import model_fingerprint
 from posttrain.rollouts.engine import Completion, Request, Sampling, check_request
 
 MEMORY_SHARE = 0.85  # of a GPU, for weights and cache together
+Precision = Literal["auto", "float32", "bfloat16"]
 CPU_CACHE_GIB = "1"  # VLLM_CPU_KVCACHE_SPACE, unless the user says so: vLLM's own default is a share of all memory
 
 
@@ -23,11 +24,11 @@ class VLLMEngine:
     """An `Engine` on vLLM's own scheduler. Close it, or use it in a `with`: vLLM keeps threads and a process group.
 
     folder: a transformers folder (`posttrain.models.load.model_folder`); slots: requests in the running batch; dtype:
-    `float32` or `bfloat16`, None: the checkpoint's own; context: at most so many tokens, None: as many as the model has.
+    `auto` is the checkpoint's own; context: at most so many tokens, None: as many as the model has.
     Errors: UserError naming `engine` where vLLM is not installed or does not start with this model.
     """
 
-    def __init__(self, folder: Path, *, slots: int = 64, dtype: str | None = None, context: int | None = None) -> None:
+    def __init__(self, folder: Path, *, slots: int = 64, dtype: Precision = "auto", context: int | None = None) -> None:
         if slots < 1:
             raise UserError(f"slots: must be at least 1, got {slots}")
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # read when vLLM is imported
@@ -42,7 +43,7 @@ class VLLMEngine:
         try:
             self.llm = LLM(
                 str(folder),
-                dtype=dtype or "auto",
+                dtype=dtype,
                 max_model_len=context,
                 max_num_seqs=slots,
                 gpu_memory_utilization=MEMORY_SHARE,
@@ -74,7 +75,7 @@ class VLLMEngine:
         return self._run(waiting)
 
     def _run(self, requests: list[Request]) -> Iterator[Completion]:
-        engine = self.llm.llm_engine
+        engine: Any = self.llm.llm_engine
         self._calls += 1  # ids of an abandoned call may still be on their way out
         running = {f"{self._calls}-{request.id}": request for request in requests}
         internal = [
