@@ -103,6 +103,11 @@ class ValueModel(PreTrainedModel):
     def atoms(self) -> Tensor | None:
         return torch.tensor(self.config.atoms) if self.config.atoms else None
 
+    @property
+    def least(self) -> float:
+        """The least return that the model knows: its first atom, 0 of a Bernoulli return."""
+        return float(self.atoms[0]) if self.atoms is not None else 0.0
+
     def zero_head(self) -> None:
         """Every value equal: the guided policy starts as the reference."""
         output = self.head if self.config.head == "v" else self.head.out
@@ -145,13 +150,16 @@ class ValueModel(PreTrainedModel):
         return self._squeeze(self.head(states.unsqueeze(-2), projected))
 
     def log_tilt(self, value_logits: Tensor, beta: float | Tensor, law: str = "qsharp") -> Tensor:
-        """Log-tilts [...] of value logits; law: `qsharp`, or `cd` for controlled decoding with the same model."""
-        atoms = self.atoms
+        """Log-tilts [...] of value logits, relative to the least return there is (`least`): never below 0.
+
+        law: `qsharp`, or `cd` for controlled decoding with the same model.
+        """
+        atoms = None if self.atoms is None else (self.atoms.double() - self.least).to(value_logits.device)
         if law == "cd":
             return expected_log_tilt(value_logits, beta, atoms)
         if atoms is None:
             return bernoulli_log_tilt(value_logits, beta)
-        return categorical_log_tilt(value_logits, atoms.to(value_logits.device), beta)
+        return categorical_log_tilt(value_logits, atoms, beta)
 
     def _squeeze(self, logits: Tensor) -> Tensor:
         return logits if self.config.atoms else logits.squeeze(-1)

@@ -266,6 +266,7 @@ class Work:
             correct,
             lengths,
             sampled + learned,
+            self.guide(config.rounds).value.least,
         )
         return QSharpRun(config, self.policy, arms, points, trainings, test, guided)
 

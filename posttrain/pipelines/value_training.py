@@ -5,15 +5,16 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from posttrain.errors import UserError
-from posttrain.models.load import Policy
+from posttrain.models.load import Policy, model_fingerprint, model_folder
 from posttrain.models.value import Head, new_value_model
 from posttrain.provenance import hash_json, plain, versions, write_json
+from posttrain.rollouts.collect import reserved
 from posttrain.rollouts.table import RolloutTable
 
 MADE_BY = "made_by.json"
@@ -70,13 +71,20 @@ def train_value(
     config: ValueTraining,
     folder: Path,
     seed: int = 0,
-    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Trains a value model from its start and saves it; what was made by the same tables and settings is kept.
 
     Returns what `made_by.json` says: seconds, the metrics on held-out prompts, and those by position.
-    Errors: UserError naming `value` for a folder that something else made, or as the examples and the model say.
+    Errors: UserError naming `value` for a folder that something else made, `out` for one that another process trains
+    into, or as the examples and the model say.
     """
+    with reserved(folder):
+        return _train(policy, tables, config, folder, seed)
+
+
+def _train(
+    policy: Policy, tables: Sequence[RolloutTable], config: ValueTraining, folder: Path, seed: int
+) -> dict[str, Any]:
     key = hash_json(
         [
             [table.manifest["shards"] for table in tables],
@@ -84,6 +92,7 @@ def train_value(
             str(policy.model.dtype),
             seed,
             plain(config),
+            *([model_fingerprint(model_folder(config.base))] if config.base else []),
         ]
     )
     if (folder / MADE_BY).is_file():
