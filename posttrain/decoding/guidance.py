@@ -22,8 +22,9 @@ class Guidance:
     """candidates, delta: which tokens are valued, as above; delta 0 values all `candidates`.
 
     outside: what becomes of the others: `mask`, they are never sampled; `zero_tilt`, they keep their reference weight, as
-    if their return were the least there is: guidance never lifts what it has not valued above what it has. law: `qsharp`, or `cd`: controlled decoding with the same value model. order: `exact` is
-    softmax(l / T + tilt); `released_code` is softmax((l + tilt) / T), kept for comparison.
+    if their return were the least there is: guidance never lifts what it has not valued above what it has.
+    law: `qsharp`, or `cd`: controlled decoding with the same value model. order: `exact` is softmax(l / T + tilt);
+    `released_code` is softmax((l + tilt) / T), kept for comparison.
 
     Errors: UserError naming the field that is out of range.
     """
