@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedConfig
 from transformers.utils import logging
 
 from posttrain.errors import UserError, nearest
-from posttrain.models.load import Policy, load_model
+from posttrain.models.load import Policy, load_model, model_fingerprint, model_folder
 from posttrain.objectives.qsharp import bernoulli_log_tilt, categorical_log_tilt, check_atoms, expected_log_tilt
 from posttrain.provenance import hash_files, hash_json
 
@@ -193,7 +193,7 @@ def new_value_model(
     for name, given in (("base", base), ("layers", layers)):
         if head == "shared" and given is not None:
             raise UserError(f"{name}: a shared head reads the policy's own states; leave it out")
-    source = policy if head == "shared" else load_model(base or policy.name, str(policy.model.device), "float32")
+    source = policy if head == "shared" else _base(base or policy.name, str(policy.model.device))
     if source.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
         raise UserError(
             f"base: {source.name} has another vocabulary than the policy {policy.name}; tokens must be the same"
@@ -224,6 +224,21 @@ def new_value_model(
     if zero_init:
         value.zero_head()
     return value
+
+
+def _base(name: str, device: str) -> Policy:
+    try:
+        return load_model(name, device, "float32")
+    except UserError as error:
+        raise UserError(f"base: {str(error).removeprefix('model: ')}") from None
+
+
+def base_fingerprint(name: str) -> str:
+    """Of the model that a value model starts from. Errors: UserError naming `base`."""
+    try:
+        return model_fingerprint(model_folder(name))
+    except UserError as error:
+        raise UserError(f"base: {str(error).removeprefix('model: ')}") from None
 
 
 def _cut(config: PreTrainedConfig, layers: int | None) -> PreTrainedConfig:

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from posttrain.config import within
 from posttrain.errors import UserError
-from posttrain.models.load import Policy, model_fingerprint, model_folder
-from posttrain.models.value import Head, new_value_model
+from posttrain.models.load import Policy
+from posttrain.models.value import Head, base_fingerprint, new_value_model
 from posttrain.provenance import hash_json, plain, versions, write_json
 from posttrain.rollouts.collect import reserved
 from posttrain.rollouts.table import RolloutTable
@@ -76,7 +77,7 @@ def train_value(
 
     Returns what `made_by.json` says: seconds, the metrics on held-out prompts, and those by position.
     Errors: UserError naming `value` for a folder that something else made, `out` for one that another process trains
-    into, or as the examples and the model say.
+    into, `value.FIELD` for what the model says of its configuration, or as the examples say.
     """
     with reserved(folder):
         return _train(policy, tables, config, folder, seed)
@@ -85,6 +86,10 @@ def train_value(
 def _train(
     policy: Policy, tables: Sequence[RolloutTable], config: ValueTraining, folder: Path, seed: int
 ) -> dict[str, Any]:
+    base = []
+    if config.base:
+        with within("value."):
+            base = [base_fingerprint(config.base)]
     key = hash_json(
         [
             [table.manifest["shards"] for table in tables],
@@ -92,7 +97,7 @@ def _train(
             str(policy.model.dtype),
             seed,
             plain(config),
-            *([model_fingerprint(model_folder(config.base))] if config.base else []),
+            *base,
         ]
     )
     if (folder / MADE_BY).is_file():
@@ -109,9 +114,11 @@ def _train(
     from posttrain.trainers.value_examples import examples_of, split_by_prompt
 
     started = time.perf_counter()
-    train, held_out = split_by_prompt(examples_of(tables, config.drop_unanimous), config.eval_fraction, seed)
+    examples = examples_of(tables, config.drop_unanimous)
     atoms = list(config.atoms) if config.atoms else None
-    value = new_value_model(policy, config.head, config.base, config.layers, atoms, config.zero_init, seed=seed)
+    with within("value."):
+        train, held_out = split_by_prompt(examples, config.eval_fraction, seed)
+        value = new_value_model(policy, config.head, config.base, config.layers, atoms, config.zero_init, seed=seed)
     scratch = folder.with_name(f"{folder.name}-checkpoints-{key[:12]}")
     trainer = ValueTrainer(
         value,

@@ -48,3 +48,16 @@ def test_a_folder_is_trained_into_by_one_process_at_a_time(policy, table, tmp_pa
     ):
         train_value(policy, [table], CONFIG, tmp_path / "value")
     assert list((tmp_path / "value").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": 99}, r"^value\.layers: must be between 1 and the base's"),
+        ({"base": "./nowhere"}, r"^value\.base: no such folder: \./nowhere"),
+        ({"eval_fraction": 1e-9}, r"^value\.eval_fraction: 1e-09 of"),
+    ],
+)
+def test_mistakes_are_named_as_in_the_configuration(policy, table, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        train_value(policy, [table], replace(CONFIG, **changes), tmp_path / "value")
