@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 from posttrain.errors import UserError
 from posttrain.evaluation import grades, harness_report
-from posttrain.evaluation.harness import evaluate, regrade
+from posttrain.evaluation.harness import evaluate, regrade, render_prompts
 from posttrain.evaluation.harness_report import write_reports
 from posttrain.evaluation.run_folder import read_run
 from posttrain.rollouts.table import read_manifest, read_table
@@ -207,7 +208,7 @@ def test_what_does_not_fit_the_context_is_refused_before_anything_is_written(tmp
     assert not (tmp_path / "run").exists() and engine.asked == []
 
 
-def test_how_many_rows_do_not_fit_is_said_at_once(tmp_path, data):
+def test_how_many_rows_do_not_fit_is_said_at_once(data):
     """By the longest of them: what it names as fitting fits all."""
     task, engine = tasks_of(data)[0], Adder()
     lengths = [len(prompt.ids) for prompt in render_prompts(task, adder())]
