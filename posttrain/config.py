@@ -3,6 +3,8 @@
 import dataclasses
 import types
 import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,7 +51,17 @@ def _build(cls: Any, values: dict[str, Any], prefix: str) -> Any:
             arguments[name] = _convert(hints[name], values[name], f"{prefix}{name}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise UserError(f"{prefix}{name}: missing")
-    return cls(**arguments)
+    with within(prefix):
+        return cls(**arguments)
+
+
+@contextmanager
+def within(prefix: str) -> Iterator[None]:
+    """Errors about a field of a part of a configuration name that part too: `value.` before `layers: ...`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{prefix}{error}") from None
 
 
 def _convert(hint: Any, value: Any, field: str) -> Any:

@@ -27,6 +27,27 @@ def test_values_reach_their_fields():
     assert outer == Outer("x", layers=(1, 2), inner=Inner(2.0))
 
 
+@dataclass(frozen=True)
+class Range:
+    low: float = 0.0
+
+    def __post_init__(self):
+        if self.low < 0:
+            raise UserError(f"low: must not be negative, got {self.low}")
+
+
+@dataclass(frozen=True)
+class Ranges:
+    first: Range = field(default_factory=Range)
+
+
+def test_a_value_out_of_range_is_named_with_the_part_it_is_in():
+    with pytest.raises(UserError, match=r"^first\.low: must not be negative, got -1.0"):
+        build(Ranges, {"first": {"low": -1}})
+    with pytest.raises(UserError, match=r"^low: must not be negative"):
+        build(Range, {"low": -1})
+
+
 def test_yaml_exponents_are_numbers(tmp_path):
     (tmp_path / "c.yaml").write_text("name: x\ninner: {rate: 5e-5}\n")
     assert build(Outer, read_yaml(tmp_path / "c.yaml")).inner.rate == 5e-5

@@ -101,6 +101,7 @@ def _measure(words: list[str], given: dict[str, Any]) -> None:
     from posttrain.evaluation.harness import Model, evaluate
     from posttrain.evaluation.sweep import COLUMNS, Law, rows, sweep
     from posttrain.models.load import load_model
+    from posttrain.rollouts.collect import check_folder
     from posttrain.rollouts.transformers import TransformersEngine
 
     if given.get("threads", 1) < 1:
@@ -115,6 +116,9 @@ def _measure(words: list[str], given: dict[str, Any]) -> None:
     if "threads" in given:
         torch.set_num_threads(given["threads"])
     betas = _betas(given)
+    if len(betas) > 1 and "until" in given:
+        raise UserError("until: a sweep over several betas runs whole; leave it out")
+    check_folder(given["out"], given.get("resume", False))
     policy = load_model(given["model"], given.get("device"), given.get("dtype"))
     slots = given.get("slots", 64)
     settings = {
@@ -136,8 +140,6 @@ def _measure(words: list[str], given: dict[str, Any]) -> None:
 
     out, options = given["out"], {name: given[name] for name in ("seed", "resume", "shard_prompts") if name in given}
     if len(betas) > 1:
-        if "until" in given:
-            raise UserError("until: a sweep over several betas runs whole; leave it out")
         print_table(COLUMNS, rows(sweep(tasks, model, betas, out, **options)))
         print(f"report: {out / 'frontier.html'} (also .json), and one in every run's folder")
         return

@@ -17,9 +17,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from posttrain.errors import UserError
     from posttrain.rewards.explain import grade_text
+    from posttrain.rewards.math import readable
 
     grade, lines = grade_text(args.gold, sys.stdin.read() if args.pred == "-" else args.pred)
     if args.explain:
         print("\n".join(lines))
+    if grade.verdict == "different" and not readable(args.gold):
+        raise UserError(f"gold: {args.gold[:80]!r} cannot be read; it equals nothing but its own spelling")
     print(f"verdict     {grade.verdict}" if args.explain else grade.verdict)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from posttrain import __version__
 from posttrain.errors import UserError, nearest
 
+LEAD = "Value-based post-training of language models: sample, grade, learn, guide, measure."
 # name -> one-line help; the module posttrain.cli.<name> holds add_arguments(parser) and run(args)
 COMMANDS = {
     "rollout": "sample completions of a model, grade them, store them as a rollout table",
@@ -59,9 +60,7 @@ def _dispatch(argv: list[str]) -> int:
     width = max(map(len, COMMANDS))
     listing = "\n".join(f"  {name:{width}}  {text}" for name, text in COMMANDS.items())
     if not argv or argv[0] in ("-h", "--help"):
-        print(
-            f"usage: posttrain COMMAND ...\n\n{__doc__.strip()}\n\n{listing}\n\nposttrain COMMAND --help explains each."
-        )
+        print(f"usage: posttrain COMMAND ...\n\n{LEAD}\n\n{listing}\n\nposttrain COMMAND --help explains each.")
         return 0
     if argv[0] == "--version":
         print(__version__)

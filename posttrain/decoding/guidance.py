@@ -2,9 +2,10 @@
 
     pi(y | x) ∝ pi_ref(y | x) * exp(log_tilt(y)),      pi_ref = softmax(l / T)
 
-A step has at most `candidates` tokens valued: the most likely ones, until they hold 1 - delta of pi_ref's mass. A log-tilt
-of a return within [0, 1] lies within [0, 1 / beta], so the tokens that are left out would have at most the relative mass
-delta * exp(1 / beta) / (1 - delta) under the full tilt, and about delta where they are as good as the others.
+A step has at most `candidates` tokens valued: the most likely ones, until they hold 1 - delta of pi_ref's mass. Log-tilts
+are relative to the least return there is (a constant shift is the same law), so those of returns within a range of 1 lie
+within [0, 1 / beta]: the tokens that are left out would have at most the relative mass delta * exp(1 / beta) / (1 - delta)
+under the full tilt, and about delta where they are as good as the others.
 """
 
 from dataclasses import dataclass
@@ -21,8 +22,9 @@ class Guidance:
     """candidates, delta: which tokens are valued, as above; delta 0 values all `candidates`.
 
     outside: what becomes of the others: `mask`, they are never sampled; `zero_tilt`, they keep their reference weight, as
-    if their return were 0. law: `qsharp`, or `cd`: controlled decoding with the same value model. order: `exact` is
-    softmax(l / T + tilt); `released_code` is softmax((l + tilt) / T), kept for comparison.
+    if their return were the least there is: guidance never lifts what it has not valued above what it has.
+    law: `qsharp`, or `cd`: controlled decoding with the same value model. order: `exact` is softmax(l / T + tilt);
+    `released_code` is softmax((l + tilt) / T), kept for comparison.
 
     Errors: UserError naming the field that is out of range.
     """

@@ -125,8 +125,14 @@ def weighted_vote_arm(
     correct: Sequence[Sequence[bool]],
     lengths: Sequence[Sequence[int]],
     seconds: float,
+    least: float = 0.0,
 ) -> Arm:
-    """A vote of k samples, each counting for its score, all [prompts, k]; scores: not negative."""
+    """A vote of k samples, each counting for its score above `least`, all [prompts, k].
+
+    least: what no score is below but by rounding, such as the least return of a reward model: a vote against an answer,
+    which a weight below zero would be, is not one for the others.
+    """
     ballots = [[None if answer is None else canonical(answer) for answer in row] for row in answers]
+    weights = [[max(score - least, 0.0) for score in row] for row in scores]
     tokens = len(scores[0]) * float(np.mean([length for row in lengths for length in row]))
-    return Arm(name, title, weighted_majority(ballots, scores, correct), tokens, seconds)
+    return Arm(name, title, weighted_majority(ballots, weights, correct), tokens, seconds)

@@ -16,7 +16,7 @@ from posttrain.evaluation.grades import grade_benchmark
 from posttrain.evaluation.harness_report import write_reports
 from posttrain.evaluation.run_folder import benchmark_of, read_run, remove_scratch, timed, write_prompts, write_run
 from posttrain.provenance import write_json
-from posttrain.rollouts.collect import Prompt, collect, reserved
+from posttrain.rollouts.collect import Prompt, check_folder, collect, reserved
 from posttrain.rollouts.engine import Engine, Request, check_request, first_stop
 
 Stage = Literal["render", "generate", "grade", "report"]
@@ -47,18 +47,16 @@ def evaluate(
     resume: bool = False,
     until: Stage = "report",
     shard_prompts: int | None = None,
+    show: bool = True,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Runs the stages up to `until`, or with `resume` what is left of them.
+    """Runs the stages up to `until`, or with `resume` what is left of them. show: one prompt of each benchmark.
 
     Errors, all before any generation: UserError naming `out`, `prompt`, `max_tokens` or, on resume, what is not as it was.
     """
     prompts = [render_prompts(task, model) for task in tasks]
     with reserved(out):
-        if any(out.iterdir()) and not resume:
-            raise UserError(
-                f"out: {out} is not empty; --resume continues an interrupted evaluation, or give another folder"
-            )
+        check_folder(out, resume)
         remove_scratch(out)
         engine = model.engine
         write_run(
@@ -73,10 +71,11 @@ def evaluate(
         for task, rendered in zip(tasks, prompts, strict=True):
             name, first = task.benchmark.name, rendered[0]
             write_prompts(out / name, task, rendered, model.tokenizer)
-            say(
-                f"{name}: {len(rendered)} problems, n = {task.benchmark.n}; the prompt of {first.id} ({len(first.ids)} tokens):"
-            )
-            say(model.tokenizer.decode(first.ids, skip_special_tokens=False))
+            if show:
+                say(
+                    f"{name}: {len(rendered)} problems, n = {task.benchmark.n}; the prompt of {first.id} ({len(first.ids)} tokens):"
+                )
+                say(model.tokenizer.decode(first.ids, skip_special_tokens=False))
         if until == "render":
             return
         for task, rendered in zip(tasks, prompts, strict=True):
@@ -94,10 +93,23 @@ def render_prompts(task: Problems, model: Model) -> list[Prompt]:
     for row in task.rows:
         messages = messages_for(row, benchmark.prompt, exemplars=task.exemplars, system=benchmark.system)
         ids = tuple((render if benchmark.chat else render_text)(model.tokenizer, messages))
-        request = Request(0, ids, benchmark.sampling(0))
-        check_request(request, model.engine.context, f"{benchmark.name} row {row['id']!r}")
         prompts.append(Prompt(row["id"], messages, ids, row["answer"]))
+    _check_lengths(prompts, benchmark, model.engine.context)
     return prompts
+
+
+def _check_lengths(prompts: Sequence[Prompt], benchmark: Benchmark, context: int) -> None:
+    """By the longest prompt: what is made to fit it fits them all."""
+    sampling = benchmark.sampling(0)
+    lengths = [len(prompt.ids) for prompt in prompts]
+    for length in (min(lengths), max(lengths)):
+        prompt = prompts[lengths.index(length)]
+        try:
+            check_request(Request(0, prompt.ids, sampling), context, f"{benchmark.name} row {prompt.id!r}")
+        except UserError as error:
+            beyond = sum(not 0 < each <= context - sampling.max_tokens for each in lengths)
+            longest = ", this is the longest" if length == max(lengths) else ""
+            raise UserError(f"{error} ({beyond} of {len(prompts)} rows do not fit{longest})") from None
 
 
 def generate(

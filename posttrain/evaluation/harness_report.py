@@ -20,6 +20,7 @@ GROUPS = {
     "error": "not graded",
     "timeout": "not graded",
 }
+LAWS = {"qsharp": "Q#", "cd": "CD"}
 OWN_DEFINITIONS = {
     SCORER: "a scorer that every run has: mean log-probability of a completion's tokens; as a weight, its exponential",
     "lm-eval strict-match": "lm-eval 0.4.13's gsm8k_cot metric: the first number after 'The answer is', as a string",
@@ -65,6 +66,15 @@ def build_report(run: dict[str, Any], results: Sequence[Result]) -> dict[str, An
     return report
 
 
+def title_of(report: dict[str, Any]) -> str:
+    """Who is measured, and by what it is guided."""
+    title, settings = f"Evaluation of {report['model']}", report["manifest"]["settings"]
+    if "guidance" not in settings:
+        return title
+    guidance = settings["guidance"]
+    return f"{title}, guided by {LAWS[guidance['law']]} ({guidance['value_model'][:16]}) at beta {settings['beta']:g}"
+
+
 def definitions(summaries: dict[str, dict[str, Any]]) -> dict[str, str]:
     """Of every number that the report shows."""
     names = [
@@ -91,7 +101,7 @@ def definitions(summaries: dict[str, dict[str, Any]]) -> dict[str, str]:
 
 def markdown(report: dict[str, Any]) -> str:
     """The report for a README or a pull request."""
-    lines = [f"# Evaluation of {report['model']}", "", f"Fingerprint `{report['fingerprint'][:16]}`.", ""]
+    lines = [f"# {title_of(report)}", "", f"Fingerprint `{report['fingerprint'][:16]}`.", ""]
     lines += _table(OVERVIEW, overview(report))
     if "macro mean" in report:
         lines += ["", macro_line(report)]
@@ -249,7 +259,7 @@ def write_html(path: Path, report: dict[str, Any], results: Sequence[Result]) ->
     write_page(
         path,
         "harness.html",
-        title=f"Evaluation of {report['model']}",
+        title=title_of(report),
         lead=f"Fingerprint {report['fingerprint'][:16]}. Intervals are 95 %, over problems; every number is defined below.",
         overview=overview(report),
         columns={"overview": OVERVIEW, "compared": COMPARED},

@@ -68,6 +68,11 @@ DEFINITIONS = {
     "worst@k": "probability that all of k samples are right: mean over problems of C(c,k)/C(n,k)",
     "G-Pass@k_tau": "probability that at least ceil(tau k), and at least one, of k samples are right (hypergeometric)",
     "mG-Pass@k": "2 x the integral of G-Pass@k_tau over tau from 1/2 to 1",
+    "Q#": "one completion of the guided policy: every token's weight is pi_ref * E[exp(R / beta)], under the value model's law "
+    "of the return R after it",
+    "CD": "controlled decoding: the same value model used by its mean, every token's weight is pi_ref * exp(E[R] / beta)",
+    "reward model": "the value model's E[R] of a whole completion, read at its last token: the scorer of best-of-k and, above "
+    "the least return, the weight of a vote",
     "KL": "nats per completion: the sum over its tokens of KL(guided law || reference law) at the sampling temperature, exact over "
     "the whole vocabulary, before top-p; mean over completions",
     "tokens": "completion tokens, over all samples: mean, and p95 = the smallest length that 95 % of the samples do "

@@ -15,6 +15,7 @@ from posttrain.evaluation.intervals import wilson_interval
 Array = NDArray[np.float64]
 
 COLOURS = ("#888888", "#d08c1f", "#2f7ed8", "#3a9d5d", "#b0479b", "#c9453f", "#6a5acd", "#1a9fa8")
+VERDICTS = {"right": COLOURS[3], "wrong": COLOURS[5], "no answer": COLOURS[0], "not graded": COLOURS[1]}
 INK = "#808080"  # readable on white and on black
 # Lines that lie on each other can still be told apart: by dashes, and by hollow markers, each of which fits into the one before.
 LINES = tuple(
@@ -125,7 +126,8 @@ def length_histogram(lengths: Mapping[str, Sequence[int]]) -> str:
     longest = max((max(values) for values in lengths.values() if values), default=1)
     with _figure("lengths") as (axes, svg):
         edges = np.linspace(0, longest + 1, 41)
-        for (verdict, values), colour in zip(lengths.items(), (COLOURS[3], COLOURS[5], *COLOURS), strict=False):
+        for verdict, values in lengths.items():
+            colour = VERDICTS[verdict]
             label = f"{verdict} ({len(values)})"
             axes.hist(values, bins=edges, facecolor=f"{colour}80", edgecolor=colour, linewidth=0.8, label=label)
         axes.set_xlabel("completion tokens")

@@ -88,6 +88,8 @@ def _agree(out: Path, old: dict[str, Any], new: dict[str, Any], prefix: str = ""
 def read_run(out: Path) -> dict[str, Any]:
     """Errors: UserError naming `dir` when the folder holds no evaluation."""
     path = out / "run.json"
+    if not path.is_file() and (parts := sorted(part.parent for part in out.glob("*/run.json"))):
+        raise UserError(f"dir: {out} holds {len(parts)} evaluations; give one of them: {', '.join(map(str, parts))}")
     if not path.is_file():
         raise UserError(
             f"dir: {out} holds no evaluation (no run.json in it); posttrain eval BENCH --model M --out {out} makes one"

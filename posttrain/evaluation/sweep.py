@@ -12,14 +12,14 @@ from typing import Any, Literal
 
 from posttrain.evaluation.benchmarks import Problems
 from posttrain.evaluation.harness import Model, evaluate
+from posttrain.evaluation.harness_report import LAWS
 from posttrain.evaluation.metrics import DEFINITIONS
 from posttrain.evaluation.plots import frontier
 from posttrain.evaluation.report import Figure, trusted, write_page
 from posttrain.provenance import write_json
 
 Law = Literal["qsharp", "cd"]
-TITLES: dict[str, str] = {"qsharp": "Q#", "cd": "CD"}
-DEFINED = ("pass@1", "KL", "tokens", "interval")
+DEFINED = ("pass@1", "Q#", "CD", "KL", "tokens", "interval")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ def sweep(
     for folder, law, beta in runs:
         say(f"{folder.name}:")
         model = guided(law, beta)
-        evaluate(tasks, model, folder, seed=seed, resume=resume, shard_prompts=shard_prompts, say=say)
+        shown = law is None  # the prompts of one run are those of all
+        evaluate(tasks, model, folder, seed=seed, resume=resume, shard_prompts=shard_prompts, show=shown, say=say)
     found: dict[str, Any] = {}
     for task in tasks:
         name = task.benchmark.name
@@ -73,7 +74,7 @@ def sweep(
 def _point(law: Law, beta: float, summary: dict[str, Any]) -> Point:
     score = summary["metrics"]["pass@1"]
     interval = (score["low"], score["high"])
-    return Point(TITLES[law], beta, summary["kl"]["value"], score["value"], interval, summary["tokens"]["mean"])
+    return Point(LAWS[law], beta, summary["kl"]["value"], score["value"], interval, summary["tokens"]["mean"])
 
 
 def rows(found: dict[str, Any]) -> list[tuple[str, ...]]:

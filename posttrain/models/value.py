@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedConfig
 from transformers.utils import logging
 
 from posttrain.errors import UserError, nearest
-from posttrain.models.load import Policy, load_model
+from posttrain.models.load import Policy, load_model, model_fingerprint, model_folder
 from posttrain.objectives.qsharp import bernoulli_log_tilt, categorical_log_tilt, check_atoms, expected_log_tilt
 from posttrain.provenance import hash_files, hash_json
 
@@ -103,6 +103,11 @@ class ValueModel(PreTrainedModel):
     def atoms(self) -> Tensor | None:
         return torch.tensor(self.config.atoms) if self.config.atoms else None
 
+    @property
+    def least(self) -> float:
+        """The least return that the model knows: its first atom, 0 of a Bernoulli return."""
+        return float(self.atoms[0]) if self.atoms is not None else 0.0
+
     def zero_head(self) -> None:
         """Every value equal: the guided policy starts as the reference."""
         output = self.head if self.config.head == "v" else self.head.out
@@ -145,13 +150,16 @@ class ValueModel(PreTrainedModel):
         return self._squeeze(self.head(states.unsqueeze(-2), projected))
 
     def log_tilt(self, value_logits: Tensor, beta: float | Tensor, law: str = "qsharp") -> Tensor:
-        """Log-tilts [...] of value logits; law: `qsharp`, or `cd` for controlled decoding with the same model."""
-        atoms = self.atoms
+        """Log-tilts [...] of value logits, relative to the least return there is (`least`): never below 0.
+
+        law: `qsharp`, or `cd` for controlled decoding with the same model.
+        """
+        atoms = None if self.atoms is None else (self.atoms.double() - self.least).to(value_logits.device)
         if law == "cd":
             return expected_log_tilt(value_logits, beta, atoms)
         if atoms is None:
             return bernoulli_log_tilt(value_logits, beta)
-        return categorical_log_tilt(value_logits, atoms.to(value_logits.device), beta)
+        return categorical_log_tilt(value_logits, atoms, beta)
 
     def _squeeze(self, logits: Tensor) -> Tensor:
         return logits if self.config.atoms else logits.squeeze(-1)
@@ -185,7 +193,7 @@ def new_value_model(
     for name, given in (("base", base), ("layers", layers)):
         if head == "shared" and given is not None:
             raise UserError(f"{name}: a shared head reads the policy's own states; leave it out")
-    source = policy if head == "shared" else load_model(base or policy.name, str(policy.model.device), "float32")
+    source = policy if head == "shared" else _base(base or policy.name, str(policy.model.device))
     if source.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
         raise UserError(
             f"base: {source.name} has another vocabulary than the policy {policy.name}; tokens must be the same"
@@ -216,6 +224,21 @@ def new_value_model(
     if zero_init:
         value.zero_head()
     return value
+
+
+def _base(name: str, device: str) -> Policy:
+    try:
+        return load_model(name, device, "float32")
+    except UserError as error:
+        raise UserError(f"base: {str(error).removeprefix('model: ')}") from None
+
+
+def base_fingerprint(name: str) -> str:
+    """Of the model that a value model starts from. Errors: UserError naming `base`."""
+    try:
+        return model_fingerprint(model_folder(name))
+    except UserError as error:
+        raise UserError(f"base: {str(error).removeprefix('model: ')}") from None
 
 
 def _cut(config: PreTrainedConfig, layers: int | None) -> PreTrainedConfig:

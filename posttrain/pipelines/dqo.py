@@ -26,6 +26,7 @@ from posttrain.models.actor_critic import ActorCritic, new_critic
 from posttrain.models.load import Policy, load_model
 from posttrain.pipelines.rollout import RolloutConfig, check_overlap, lengths_by_verdict, rollout
 from posttrain.provenance import hash_json, plain, versions, write_json
+from posttrain.rollouts.collect import reserved
 from posttrain.rollouts.engine import Sampling
 from posttrain.rollouts.table import RolloutTable
 
@@ -110,7 +111,8 @@ def run(config: DQORunConfig, say: Callable[[str], None] = print) -> DQORun:
     policy = load_model(config.model, config.device, "float32")
     say(f"{config.train_split}: {config.train_samples} completions of each of {len(train_rows)} prompts")
     table = rollout(policy, train_plan, train_rows, out / "train", resume=True, say=say)
-    made = train(policy, table, config.training, out / "policy", config.seed, say)
+    with reserved(out / "policy"):
+        made = train(policy, table, config.training, out / "policy", config.seed, say)
     say(f"{config.test_split}: {config.test_samples} completions of each of {len(test_rows)} prompts, before and after")
     test = rollout(policy, test_plan, test_rows, out / "test", resume=True, say=_silent)
     after = load_model(str(out / "policy"), config.device, "float32")

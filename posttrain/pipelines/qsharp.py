@@ -35,12 +35,16 @@ from posttrain.provenance import plain, versions, write_json
 from posttrain.rollouts.collect import completion_seed, prompts_for
 from posttrain.rollouts.engine import LEAST_BETA, Request, Sampling
 from posttrain.rollouts.rollin import cut_completions
-from posttrain.rollouts.table import RolloutTable, read_table
+from posttrain.rollouts.table import RolloutTable, is_finished, read_table
 from posttrain.rollouts.transformers import TransformersEngine
 
 Stage = Literal["collect", "train", "evaluate"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 MATCHING_PROMPTS = 64  # training prompts on which the beta is found at which CD has the KL of Q#
+DEFINED = (
+    *("pass@1", "maj@k", "pass@k", "Q#", "CD", "reward model", "best-of-k", "weighted majority"),
+    *("KL", "tokens", "seconds", "interval"),
+)
 MATCHING_STEPS = 7  # halvings of log beta between 1e-3 and 10
 
 
@@ -170,15 +174,24 @@ class Work:
             raise UserError(f"stage: round {number} has no value model in {folder}; train it first (--stage train)")
         return load_guide(folder, self.policy, replace(self.config.guidance, law=law))
 
+    def _completions(self, number: int) -> Path:
+        """The table that a round's labels come from."""
+        return self.out / "train" if number == 1 else self.out / f"round-{number}" / "rollouts"
+
     def collect(self, number: int) -> None:
         """A round's completions, labelled by how pi_ref ends them."""
+        kept = is_finished(self._completions(number))
+        if kept:
+            self.say(f"round {number}: collected already, in {self._completions(number)}")
         if number == 1:
-            self.say(
-                f"round 1: {self.train_plan.samples} completions of each of {len(self.train_rows)} training prompts"
-            )
-            rollout(self.policy, self.train_plan, self.train_rows, self.out / "train", resume=True, say=self.say)
+            if not kept:
+                count = f"{self.train_plan.samples} completions of each of {len(self.train_rows)} training prompts"
+                self.say(f"round 1: {count}")
+            say = _silent if kept else self.say
+            rollout(self.policy, self.train_plan, self.train_rows, self._completions(1), resume=True, say=say)
             return
-        self.say(f"round {number}: rolling in with the guide of round {number - 1}, out without it")
+        if not kept:
+            self.say(f"round {number}: rolling in with the guide of round {number - 1}, out without it")
         folder = self.out / f"round-{number}"
         # Each part has noise of its own: a roll-out that shared its roll-in's would be tied to it.
         first, second = (
@@ -198,7 +211,7 @@ class Work:
             self.policy,
             replace(plan, sampling=second),
             self.train_rows,
-            folder / "rollouts",
+            self._completions(number),
             resume=True,
             say=_silent,
             prefixes=cut_completions(rollin, second.seed),
@@ -206,8 +219,13 @@ class Work:
 
     def train(self, number: int) -> dict[str, Any]:
         """A round's value model, from its start, on the completions of all rounds so far; what its training says of itself."""
-        later = [self.out / f"round-{n}" / "rollouts" for n in range(2, number + 1)]
-        tables = [read_table(folder) for folder in (self.out / "train", *later)]
+        for each in range(1, number + 1):
+            if not is_finished(self._completions(each)):
+                raise UserError(
+                    f"stage: round {each} is not collected, or not all of it, in {self._completions(each)}; "
+                    f"collect it first (--stage collect --round {each})"
+                )
+        tables = [read_table(self._completions(each)) for each in range(1, number + 1)]
         for table in tables:
             table.expect_policy(self.policy.fingerprint)
         folder = self.out / f"round-{number}" / "value"
@@ -228,9 +246,9 @@ class Work:
         for number in range(1, config.rounds + 1):
             self.guide(number)  # refused before anything is sampled
         trainings = [self.train(number) for number in range(1, config.rounds + 1)]  # made already, by these settings
-        self.say(
-            f"test: {config.k} completions of each of {len(self.test_rows)} prompts, then {config.guided_samples} guided"
-        )
+        if not is_finished(self.out / "test"):
+            self.say(f"test: {config.k} completions of each of {len(self.test_rows)} prompts")
+        self.say(f"test: {config.guided_samples} guided completions of each prompt, and what they are compared with")
         test = rollout(self.policy, self.test_plan, self.test_rows, self.out / "test", resume=True, say=_silent)
         correct, answers = test.rectangle("correct"), test.rectangle("extracted")
         lengths = [[len(ids) for ids in row] for row in test.rectangle("completion_ids")]
@@ -266,6 +284,7 @@ class Work:
             correct,
             lengths,
             sampled + learned,
+            self.guide(config.rounds).value.least,
         )
         return QSharpRun(config, self.policy, arms, points, trainings, test, guided)
 
@@ -323,7 +342,7 @@ def publish(result: QSharpRun, title: str, lead: str) -> None:
         figures=figures(result),
         table=result.guided,
         scores=None,
-        definitions=("pass@1", "maj@k", "best-of-k", "pass@k", "KL", "tokens", "seconds", "interval"),
+        definitions=DEFINED,
         manifest=result.manifest,
     )
 

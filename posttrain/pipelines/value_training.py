@@ -5,15 +5,17 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from posttrain.config import within
 from posttrain.errors import UserError
 from posttrain.models.load import Policy
-from posttrain.models.value import Head, new_value_model
+from posttrain.models.value import Head, base_fingerprint, new_value_model
 from posttrain.provenance import hash_json, plain, versions, write_json
+from posttrain.rollouts.collect import reserved
 from posttrain.rollouts.table import RolloutTable
 
 MADE_BY = "made_by.json"
@@ -70,13 +72,24 @@ def train_value(
     config: ValueTraining,
     folder: Path,
     seed: int = 0,
-    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Trains a value model from its start and saves it; what was made by the same tables and settings is kept.
 
     Returns what `made_by.json` says: seconds, the metrics on held-out prompts, and those by position.
-    Errors: UserError naming `value` for a folder that something else made, or as the examples and the model say.
+    Errors: UserError naming `value` for a folder that something else made, `out` for one that another process trains
+    into, `value.FIELD` for what the model says of its configuration, or as the examples say.
     """
+    with reserved(folder):
+        return _train(policy, tables, config, folder, seed)
+
+
+def _train(
+    policy: Policy, tables: Sequence[RolloutTable], config: ValueTraining, folder: Path, seed: int
+) -> dict[str, Any]:
+    base = []
+    if config.base:
+        with within("value."):
+            base = [base_fingerprint(config.base)]
     key = hash_json(
         [
             [table.manifest["shards"] for table in tables],
@@ -84,6 +97,7 @@ def train_value(
             str(policy.model.dtype),
             seed,
             plain(config),
+            *base,
         ]
     )
     if (folder / MADE_BY).is_file():
@@ -100,9 +114,11 @@ def train_value(
     from posttrain.trainers.value_examples import examples_of, split_by_prompt
 
     started = time.perf_counter()
-    train, held_out = split_by_prompt(examples_of(tables, config.drop_unanimous), config.eval_fraction, seed)
+    examples = examples_of(tables, config.drop_unanimous)
     atoms = list(config.atoms) if config.atoms else None
-    value = new_value_model(policy, config.head, config.base, config.layers, atoms, config.zero_init, seed=seed)
+    with within("value."):
+        train, held_out = split_by_prompt(examples, config.eval_fraction, seed)
+        value = new_value_model(policy, config.head, config.base, config.layers, atoms, config.zero_init, seed=seed)
     scratch = folder.with_name(f"{folder.name}-checkpoints-{key[:12]}")
     trainer = ValueTrainer(
         value,

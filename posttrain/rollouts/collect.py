@@ -212,9 +212,7 @@ def check_folder(out: Path, resume: bool) -> None:
     """
     _check_writable(out)
     if not resume and out.is_dir() and any(out.iterdir()):
-        raise UserError(
-            f"out: {out} is not empty; --resume continues an interrupted collection, or give another folder"
-        )
+        raise UserError(f"out: {out} is not empty; --resume continues an interrupted run, or give another folder")
 
 
 def _opened(out: Path, manifest: dict[str, Any], resume: bool) -> dict[str, Any]:

@@ -87,6 +87,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     raise UserError(f"table: {path} is not the manifest of a rollout table; the file is damaged")
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether every shard of a table is there. Errors: UserError naming `table` for a damaged manifest."""
+    if not (folder / MANIFEST).is_file():
+        return False
+    names = map(shard_name, range(read_manifest(folder)["expected_shards"]))
+    return all((folder / name).is_file() for name in names)
+
+
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     write_json(folder / MANIFEST, manifest)
 

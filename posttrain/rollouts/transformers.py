@@ -9,6 +9,7 @@ that keeps a cache of its own.
 import math
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -79,18 +80,32 @@ class TransformersEngine:
         return self._run(waiting)
 
     def _run(self, waiting: deque[Request]) -> Iterator[Completion]:
-        training = self.model.training
-        self.model.eval()
         batch = Batch(self)
         try:
             while waiting or batch.rows:
-                free = self.slots - len(batch.rows)
-                if waiting and (not batch.rows or free * ADMIT_SHARE >= self.slots):
-                    batch.add([waiting.popleft() for _ in range(min(free, len(waiting)))])
-                yield from batch.step()
+                # Only while it is this run's turn: between two completions the caller may train, or go on with another run.
+                with evaluating(self.model):
+                    finished: list[Completion] = []
+                    while not finished:
+                        free = self.slots - len(batch.rows)
+                        if waiting and (not batch.rows or free * ADMIT_SHARE >= self.slots):
+                            batch.add([waiting.popleft() for _ in range(min(free, len(waiting)))])
+                        finished = batch.step()
+                yield from finished
         finally:
             batch.close()
-            self.model.train(training)
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """The model in evaluation mode; afterwards every module is in the mode in which it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 class Guide(Protocol):
@@ -225,9 +240,8 @@ class Batch:
         self.positions = self.positions + 1
         sampled, sampled_logprobs, *shifts = torch.stack(outcome).tolist()
         if math.isnan(sum(sampled_logprobs)):
-            raise UserError(
-                "model: its logits are not numbers (NaN); the weights are broken, or overflow in this dtype"
-            )
+            whose = "model: its" if self.guide is None or scores.isnan().any() else "guide: the value model's"
+            raise UserError(f"{whose} logits are not numbers (NaN); the weights are broken, or overflow in this dtype")
         if self.guide:
             self.guide.advance(self.tokens, [int(token) for token in sampled])
             for row, row_kl, log_ratio in zip(self.rows, *shifts, strict=True):

@@ -73,6 +73,23 @@ def test_wrong_data_and_golds_are_refused_before_a_model_is_loaded(tmp_path, mon
     assert refused(capsys, torn, "--model", "./no-model", "--out", out).startswith("data: ")
 
 
+@pytest.mark.parametrize("guided", [(), ("--guide", "./no-guide", "--beta", "0.1,0.3")])
+def test_a_full_folder_is_refused_before_a_model_is_loaded(tmp_path, capsys, guided):
+    (tmp_path / "file").touch()
+    found = refused(capsys, "arithmetic", "--model", "./no-model", "--out", tmp_path, *guided)
+    assert found.startswith(f"out: {tmp_path} is not empty; --resume continues")
+
+
+def test_the_folder_of_a_sweep_names_its_evaluations(tmp_path, capsys):
+    for name in ("base", "qsharp-beta-0.1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text("{}")
+    found = refused(capsys, "report", tmp_path)
+    assert found.startswith(
+        f"dir: {tmp_path} holds 2 evaluations; give one of them: {tmp_path}/base, {tmp_path}/qsharp"
+    )
+
+
 def test_an_empty_folder_has_no_report(tmp_path, capsys):
     assert refused(capsys, "report", tmp_path).startswith("dir: ")
 

@@ -35,6 +35,14 @@ def test_nothing_makes_it_fail(capsys: pytest.CaptureFixture[str], pred: str) ->
     assert "equal" not in capsys.readouterr().out.splitlines()[-1]
 
 
+def test_a_gold_that_cannot_be_read_is_not_an_answer_that_differs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["grade", r"\frac{1}{", "0.5"]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.startswith("posttrain: error: gold: '\\\\frac{1}{' cannot be read")
+    assert main(["grade", r"\frac{1}{", r"\frac{1}{"]) == 0
+    assert capsys.readouterr().out == "equal\n"
+
+
 def test_a_missing_argument_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["grade", "42"]) == 2
     assert capsys.readouterr().err.count("\n") == 1

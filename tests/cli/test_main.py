@@ -13,6 +13,12 @@ def test_help_lists_every_command(capsys):
     assert all(f"  {name} " in shown for name in cli.COMMANDS)
 
 
+def test_help_speaks_to_users(capsys):
+    assert cli.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "Value-based post-training of language models" in shown and "sub-command" not in shown
+
+
 @pytest.mark.parametrize("name", sorted(cli.COMMANDS))
 def test_every_command_explains_itself(name, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -199,6 +199,57 @@ def test_a_small_beta_is_the_reference_given_success(atoms):
     torch.testing.assert_close(guided.softmax(-1)[0], (scores[0] + log_p).softmax(-1), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("law", ["qsharp", "cd"])
+def test_returns_below_zero_do_not_lift_what_is_not_valued(law):
+    """Rewards of -1 and 0 are those of 0 and 1 to another zero: the same law under `zero_tilt`."""
+    policy, value = build_model("llama"), value_model("v", atoms=[0.0, 1.0])
+    guidance = Guidance(candidates=4, delta=0.0, outside="zero_tilt", law=law)
+    runs = []
+    for atoms in ([0.0, 1.0], [-1.0, 0.0]):
+        value.config.atoms = atoms
+        engine = TransformersEngine(policy, fingerprint="r", guide=ValueGuide(value, policy, "f", guidance))
+        runs.append({done.request_id: done for done in engine.generate(requests(6, (0.2,)))})
+    for number, done in runs[0].items():
+        assert runs[1][number].ids == done.ids
+        assert runs[1][number].kl == pytest.approx(done.kl, abs=1e-5)
+
+
+@pytest.mark.parametrize("law", ["qsharp", "cd"])
+@pytest.mark.parametrize("atoms", [None, ATOMS])
+def test_the_released_order_puts_the_temperature_on_the_tilts_too(atoms, law):
+    """softmax((l + tilt) / T); tilts of histograms relative to the worst candidate, of others to a return of 0."""
+    policy, value = build_model("llama"), value_model("v", atoms=atoms)
+    guidance = Guidance(candidates=6, delta=0.0, outside="zero_tilt", law=law, order="released_code")
+    session = ValueGuide(value, policy, "f", guidance).session(1, 64)
+    prompt, temperature, beta = (5, 9, 33), torch.tensor([[0.7]]), 0.5
+    with torch.inference_mode():
+        logits = policy(input_ids=torch.tensor([prompt])).logits[:, -1]
+        session.add([prompt], [beta], torch.tensor([prompt[:-1]]), None)
+        guided = session.guide_step(logits / temperature, temperature, None)
+        top = logits[0].topk(6).indices
+        found = value(torch.tensor([[*prompt, token] for token in top.tolist()]))[:, -1]
+    law_of_return = torch.sigmoid(found) if atoms is None else torch.softmax(found, -1)
+    returns = torch.tensor(atoms or [0.0, 1.0])
+    if atoms is None:
+        law_of_return = torch.stack((1 - law_of_return, law_of_return), -1)
+    if law == "qsharp":
+        tilt = (law_of_return * (returns / beta).exp()).sum(-1).log()
+        tilt = tilt if atoms is None else tilt - tilt.min()
+    else:
+        tilt = (law_of_return @ returns - returns[0]) / beta
+    expected = logits[0].index_add(0, top, tilt) / temperature[0]
+    torch.testing.assert_close(guided.scores.softmax(-1)[0], expected.softmax(-1), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("head", ["v", "shared"])
+def test_a_broken_value_model_is_not_blamed_on_the_policy(head):
+    policy, value = build_model("llama"), value_model(head)
+    engine = TransformersEngine(policy, fingerprint="r", guide=ValueGuide(value, policy, "f"))
+    (value.head if head == "v" else value.head.out).bias.fill_(float("nan"))
+    with pytest.raises(UserError, match=r"^guide: the value model's logits are not numbers \(NaN\)"):
+        list(engine.generate(requests(3, (0.1,))))
+
+
 def test_an_abandoned_run_leaves_no_hook():
     policy, value = build_model("llama"), value_model("shared")
     engine = TransformersEngine(policy, fingerprint="r", guide=ValueGuide(value, policy, "f"))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from posttrain.evaluation.arms import reranked_arm, sampled_arms
+from posttrain.evaluation.arms import reranked_arm, sampled_arms, weighted_vote_arm
 
 CORRECT = [[True, False, False, True], [False, False, False, True]]
 ANSWERS = [["7", "8", "8", "7.0"], ["5", "5", None, "6"]]
@@ -43,6 +43,16 @@ def test_reranking_keeps_the_best_scored_and_shares_ties():
     arm = reranked_arm("qprobe", "Q-Probe", scores, CORRECT, LENGTHS, 9.0)
     assert arm.per_problem.tolist() == [0.0, 0.5]
     assert arm.summary() == {"accuracy": 0.25, "interval": list(arm.interval), "tokens": 80, "seconds": 9.0}
+
+
+def test_a_vote_counts_for_its_score_above_the_least():
+    """Returns of -1 and 0 are those of 0 and 1 to another zero; what rounding leaves below counts for nothing."""
+    scores = [[0.1, 0.3, 0.2, 0.3], [0.5, 0.6, 0.0, 0.9]]
+    arm = weighted_vote_arm("vote", "vote", scores, ANSWERS, CORRECT, LENGTHS, 9.0)
+    below = [[score - 1 for score in row] for row in scores]
+    below[1][2] -= 1e-9
+    shifted = weighted_vote_arm("vote", "vote", below, ANSWERS, CORRECT, LENGTHS, 9.0, least=-1.0)
+    assert arm.per_problem.tolist() == shifted.per_problem.tolist() == [0.0, 0.0]  # 0.5 for 8, 1.1 for 5
 
 
 def test_ragged_samples_go_as_far_as_the_fewest():

@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 from posttrain.errors import UserError
 from posttrain.evaluation import grades, harness_report
-from posttrain.evaluation.harness import evaluate, regrade
+from posttrain.evaluation.harness import evaluate, regrade, render_prompts
 from posttrain.evaluation.harness_report import write_reports
 from posttrain.evaluation.run_folder import read_run
 from posttrain.rollouts.table import read_manifest, read_table
@@ -202,9 +203,23 @@ def test_a_folder_with_something_in_it_needs_resume(data, evaluated):
 def test_what_does_not_fit_the_context_is_refused_before_anything_is_written(tmp_path, data):
     engine = Adder()
     engine.context = 450
-    with pytest.raises(UserError, match=r"^max_tokens: sums row 'p0' has 1\d\d tokens and asks for 400 more"):
+    with pytest.raises(UserError, match=r"^max_tokens: sums row 'p\d+' has 1\d\d tokens and asks for 400 more"):
         evaluate(tasks_of(data), adder(engine), tmp_path / "run", say=quiet)
     assert not (tmp_path / "run").exists() and engine.asked == []
+
+
+def test_how_many_rows_do_not_fit_is_said_at_once(data):
+    """By the longest of them: what it names as fitting fits all."""
+    task, engine = tasks_of(data)[0], Adder()
+    lengths = [len(prompt.ids) for prompt in render_prompts(task, adder())]
+    engine.context = 400 + sorted(lengths)[4]
+    beyond = sum(length > sorted(lengths)[4] for length in lengths)
+    longest = f"sums row 'p{lengths.index(max(lengths))}' has {max(lengths)} tokens"
+    message = rf"^max_tokens: {longest} .* at most (\d+) fit \({beyond} of 12 rows do not fit, this is the longest\)"
+    with pytest.raises(UserError, match=message) as caught:
+        render_prompts(task, adder(engine))
+    fits = int(re.search(message, str(caught.value))[1])
+    assert len(render_prompts(tasks_of(data, max_tokens=fits)[0], adder(engine))) == 12
 
 
 def test_a_missing_chat_template_is_refused(tmp_path, data):

@@ -53,6 +53,18 @@ def test_the_browser_s_data_is_what_was_sampled(hostile):
     assert data["prefix"] + data["problems"][0]["prompt"] == HOSTILE
 
 
+def test_a_guided_page_says_by_what(tmp_path):
+    result = result_of(["=-"])
+    run = run_of(result)
+    assert markdown(build_report(run, [result])).startswith("# Evaluation of m\n")
+    run["settings"] = {"beta": 0.3, "guidance": {"law": "cd", "value_model": "0123456789abcdef01"}}
+    report = build_report(run, [result])
+    write_html(tmp_path / "report.html", report, [result])
+    title = "Evaluation of m, guided by CD (0123456789abcdef) at beta 0.3"
+    assert f"<title>{title}</title>" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert markdown(report).startswith(f"# {title}\n")
+
+
 def test_the_page_asks_nobody_for_anything(evaluated):
     page = (evaluated() / "report.html").read_text(encoding="utf-8")
     assert not re.search(r'(?:src|href)="(?!#)', page.replace("xlink:href", "href"))

@@ -81,6 +81,13 @@ def test_bars_are_as_high_as_their_counts():
     assert "right (6)" in svg and "wrong (10)" in svg
 
 
+def test_a_verdict_keeps_its_colour():
+    """Completions without an answer are neither right nor wrong, also where there are no others."""
+    svg = length_histogram({"no answer": [3, 4]})
+    assert outlines(svg, COLOURS[0], filled=True)
+    assert not outlines(svg, COLOURS[3], filled=True) and not outlines(svg, COLOURS[5], filled=True)
+
+
 def test_a_histogram_of_nothing():
     assert length_histogram({"right": [], "wrong": []}).startswith("<svg")
 

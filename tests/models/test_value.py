@@ -129,8 +129,18 @@ def test_the_log_tilt_is_that_of_the_return_model(policy):
     logits = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
     categorical, atoms = new_value_model(policy, atoms=ATOMS), torch.tensor(ATOMS)
     law = torch.softmax(logits, -1)
-    torch.testing.assert_close(categorical.log_tilt(logits, 0.5), (law * (2 * atoms).exp()).sum(-1).log())
-    torch.testing.assert_close(categorical.log_tilt(logits, 0.5, "cd"), 2 * (law * atoms).sum(-1))
+    least = 2 * atoms[0]
+    torch.testing.assert_close(categorical.log_tilt(logits, 0.5), (law * (2 * atoms).exp()).sum(-1).log() - least)
+    torch.testing.assert_close(categorical.log_tilt(logits, 0.5, "cd"), 2 * (law * atoms).sum(-1) - least)
+
+
+@pytest.mark.parametrize("law", ["qsharp", "cd"])
+def test_a_log_tilt_is_relative_to_the_least_return(policy, law):
+    """Where all returns are below 0, a tilt of 0 for what is not valued would lift it above all that is."""
+    logits = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    low, high = (new_value_model(policy, atoms=[atom + shift for atom in ATOMS]) for shift in (-8.0, 8.0))
+    assert (low.log_tilt(logits, 0.5, law) >= 0).all()
+    torch.testing.assert_close(low.log_tilt(logits, 0.5, law), high.log_tilt(logits, 0.5, law))
 
 
 # -- size and precision

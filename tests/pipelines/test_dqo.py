@@ -10,6 +10,7 @@ from posttrain.config import build, read_yaml
 from posttrain.errors import UserError
 from posttrain.pipelines import dqo
 from posttrain.pipelines.dqo import DQORunConfig, DQOTraining, run
+from posttrain.rollouts.collect import reserved
 
 SMALL = DQORunConfig(
     out="",
@@ -64,3 +65,9 @@ def test_it_raises_accuracy_by_25_points(tmp_path):
     base, trained = result.arms["base"], result.arms["dqo"]
     assert trained.interval[0] > base.interval[1] + 0.25
     assert trained.tokens < 1.2 * base.tokens
+
+
+def test_a_policy_is_trained_by_one_process_at_a_time(finished):
+    out, _ = finished
+    with reserved(out / "policy"), pytest.raises(UserError, match="out: another run is writing to .*policy"):
+        run(replace(SMALL, out=str(out)), say=lambda _: None)

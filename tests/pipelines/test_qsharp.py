@@ -68,7 +68,10 @@ def test_everything_is_kept(finished):
     """Again, and what is there already is not made anew."""
     out, result, _ = finished
     stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
-    again = run(replace(SMALL, out=str(out)), say=lambda _: None)
+    said: list[str] = []
+    again = run(replace(SMALL, out=str(out)), say=said.append)
+    assert said[0] == f"round 1: collected already, in {out / 'train'}"
+    assert not any("completions of each" in line and line.startswith("round") for line in said)
     assert {name: arm.accuracy for name, arm in again.arms.items()} == {
         name: arm.accuracy for name, arm in result.arms.items()
     }
@@ -78,7 +81,7 @@ def test_everything_is_kept(finished):
 
 def test_a_stage_alone_says_what_it_lacks(tmp_path):
     config = replace(SMALL, out=str(tmp_path / "run"))
-    with pytest.raises(UserError, match="table: no such folder"):
+    with pytest.raises(UserError, match=r"stage: round 1 is not collected.*\(--stage collect --round 1\)"):
         run(config, "train", 1, say=lambda _: None)
     with pytest.raises(UserError, match="round 1 has no value model in .*; train it first"):
         run(config, "collect", 2, say=lambda _: None)

@@ -233,6 +233,30 @@ def test_an_abandoned_iterator_leaves_the_engine_usable(llama, ragged_requests):
     assert len(again) == 8 and again[first.request_id] == first
 
 
+def test_two_runs_of_a_training_model_leave_each_other_in_peace(llama, ragged_requests):
+    """The one that ends first must not switch dropout on for the other, nor the last one leave it off."""
+    llama = copy.deepcopy(llama)
+    llama.config.attention_dropout = 0.5
+    for layer in llama.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    expected = {
+        done.request_id: done for done in TransformersEngine(llama, fingerprint="x").generate(ragged_requests(8))
+    }
+    llama.train()
+    llama.lm_head.eval()
+    engine = TransformersEngine(llama, fingerprint="x", slots=8)
+    first, second = (engine.generate(ragged_requests(8)) for _ in range(2))
+    found = [[next(first)], [next(second)]]
+    assert llama.training and not llama.lm_head.training
+    found[0] += list(first)
+    found[1] += list(second)
+    assert llama.training and not llama.lm_head.training
+    for completions in found:
+        assert {done.request_id: done.ids for done in completions} == {
+            number: done.ids for number, done in expected.items()
+        }
+
+
 def test_two_iterators_run_side_by_side(llama, ragged_requests):
     engine = TransformersEngine(llama, fingerprint="x", slots=4)
     requests = ragged_requests(6)

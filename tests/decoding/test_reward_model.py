@@ -1,0 +1,41 @@
+"""Scores of whole completions, against one completion at a time."""
+
+import pytest
+import torch
+
+from posttrain.decoding.reward_model import value_scores
+from tests.decoding.test_guide import ATOMS, value_model
+from tests.small_models import build_model
+
+
+def rows(count=9):
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.randint(1, 30, (count, 2), generator=generator).tolist()
+    return [tuple(torch.randint(2, 101, (n,), generator=generator).tolist() for n in pair) for pair in lengths]
+
+
+@pytest.mark.parametrize("atoms", [None, ATOMS])
+@pytest.mark.parametrize("head", ["v", "q", "shared"])
+def test_a_score_is_the_mean_of_the_return_after_the_last_token(head, atoms):
+    """Whatever stands beside it in a batch, and in the order of the rows."""
+    policy, value, asked = build_model("llama"), value_model(head, atoms=atoms), rows()
+    found = value_scores(value, asked, policy, batch_tokens=100)
+    assert found.shape == (9,) and found.dtype == torch.float32
+    for score, (prompt, completion) in zip(found, asked, strict=True):
+        with torch.inference_mode():
+            logits = value(torch.tensor([[*prompt, *completion]]), trunk=policy.get_decoder())[0, -1]
+        if atoms is None:
+            expected = torch.sigmoid(logits)
+        else:
+            expected = (torch.softmax(logits, -1) * torch.tensor(atoms)).sum()
+        torch.testing.assert_close(score, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_last_token_has_a_say():
+    policy, value = build_model("llama"), value_model("v")
+    one, other = value_scores(value, [((5, 9), (33, 7)), ((5, 9), (33, 8))], policy)
+    assert abs(one - other) > 1e-4
+
+
+def test_no_completion_has_no_score():
+    assert value_scores(value_model("v"), [], build_model("llama")).shape == (0,)

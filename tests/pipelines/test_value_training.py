@@ -1,0 +1,63 @@
+"""What makes a trained value model another one, and who may train into its folder."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from posttrain.errors import UserError
+from posttrain.models.load import TINY, load_model
+from posttrain.pipelines.rollout import RolloutConfig, rollout
+from posttrain.pipelines.value_training import ValueTraining, train_value
+from posttrain.rollouts.collect import reserved
+from posttrain.rollouts.engine import Sampling
+
+CONFIG = ValueTraining(layers=1, learning_rate=1e-3, epochs=1, batch_size=16, eval_fraction=0.3)
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return load_model("tiny", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def table(policy, tmp_path_factory):
+    config = RolloutConfig("arithmetic", "train", 10, samples=6, sampling=Sampling(max_tokens=192))
+    return rollout(policy, config, config.rows(), tmp_path_factory.mktemp("table") / "train", False, lambda _: None)
+
+
+def test_a_base_with_other_weights_is_another_training(policy, table, tmp_path):
+    """Its name alone says nothing: a folder is trained on, and then holds another model."""
+    base = tmp_path / "base"
+    shutil.copytree(TINY, base)
+    config = replace(CONFIG, base=str(base))
+    made = train_value(policy, [table], config, tmp_path / "value")
+    assert train_value(policy, [table], config, tmp_path / "value") == made
+    weights = load_file(base / "model.safetensors")
+    name = min(weights)
+    save_file({**weights, name: weights[name] * 1.5}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="value: .* was trained on other completions or with other settings"):
+        train_value(policy, [table], config, tmp_path / "value")
+
+
+def test_a_folder_is_trained_into_by_one_process_at_a_time(policy, table, tmp_path):
+    with (
+        reserved(tmp_path / "value"),
+        pytest.raises(UserError, match="out: another run is writing to .*value"),
+    ):
+        train_value(policy, [table], CONFIG, tmp_path / "value")
+    assert list((tmp_path / "value").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": 99}, r"^value\.layers: must be between 1 and the base's"),
+        ({"base": "./nowhere"}, r"^value\.base: no such folder: \./nowhere"),
+        ({"eval_fraction": 1e-9}, r"^value\.eval_fraction: 1e-09 of"),
+    ],
+)
+def test_mistakes_are_named_as_in_the_configuration(policy, table, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        train_value(policy, [table], replace(CONFIG, **changes), tmp_path / "value")
