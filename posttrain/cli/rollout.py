@@ -7,6 +7,10 @@ Interrupted, the same command with --resume continues where it stopped; the tabl
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from posttrain.rollouts.table import RolloutTable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="prompts per shard, the unit that --resume redoes; default: 256 completions' worth",
     )
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
+    parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers", help="what samples")
     parser.add_argument("--guide", metavar="DIR", help="a value model of posttrain qsharp, which tilts every token")
     parser.add_argument("--beta", type=float, help="KL coefficient of the guide, in units of the reward; default 0.1")
     parser.add_argument("--candidates", type=int, help="most likely tokens that the guide values; default 20")
@@ -47,14 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     import torch
 
-    from posttrain.cli.tables import print_table
     from posttrain.decoding.guidance import Guidance
     from posttrain.decoding.guide import load_guide
     from posttrain.errors import UserError
-    from posttrain.models.load import load_model
-    from posttrain.pipelines.rollout import RolloutConfig, figures_of, publish, rollout
+    from posttrain.models.load import load_model, load_tokenizer, model_folder
+    from posttrain.pipelines.rollout import RolloutConfig, rollout
     from posttrain.rollouts.collect import check_folder
     from posttrain.rollouts.engine import Sampling
+    from posttrain.rollouts.vllm import VLLMEngine, check_for_vllm
 
     if args.threads is not None:
         if args.threads < 1:
@@ -69,10 +74,23 @@ def run(args: argparse.Namespace) -> None:
         args.data, args.split, args.limit, args.prompt, args.samples, sampling, args.slots, args.shard_prompts, beta
     )
     guidance = Guidance() if args.candidates is None else Guidance(candidates=args.candidates)
+    if args.engine == "vllm":
+        check_for_vllm(guide=args.guide, device=args.device, threads=args.threads, dtype=args.dtype)
     check_folder(args.out, args.resume)
     rows = config.rows()
+    if args.engine == "vllm":
+        policy = load_tokenizer(args.model)
+        with VLLMEngine(model_folder(args.model), slots=args.slots, dtype=args.dtype or "auto") as engine:
+            _show(rollout(policy, config, rows, args.out, args.resume, engine=engine))
+        return
     policy = load_model(args.model, args.device, args.dtype)  # takes time: after all that can be refused without it
     guide = load_guide(args.guide, policy, guidance, args.any_reference) if args.guide else None
-    table = rollout(policy, config, rows, args.out, args.resume, guide=guide)
+    _show(rollout(policy, config, rows, args.out, args.resume, guide=guide))
+
+
+def _show(table: "RolloutTable") -> None:
+    from posttrain.cli.tables import print_table
+    from posttrain.pipelines.rollout import figures_of, publish
+
     print_table(("figure", "value"), figures_of(table).items())
     print(f"report: {publish(table)}")

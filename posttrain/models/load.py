@@ -69,6 +69,23 @@ def load_model(name: str, device: str | None = None, dtype: str | None = None) -
     return Policy(model, tokenizer, name, model_fingerprint(folder), context)
 
 
+def load_tokenizer(name: str) -> Policy:
+    """A policy whose weights an engine of its own will read: all of `load_model`'s but the model, which is None.
+
+    Errors: UserError for an unknown model.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    folder = model_folder(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    except Exception as error:  # as above
+        raise UserError(f"model: {name} is not a causal language model: {_first_line(error)}") from None
+    context = int(getattr(config, "max_position_embeddings", 0)) or int(tokenizer.model_max_length)
+    return Policy(None, tokenizer, name, model_fingerprint(folder), context)
+
+
 def end_ids(model: Any, tokenizer: Any = None) -> frozenset[int]:
     """The ids that end a completion: those of the model's generation config, and its tokenizer's end-of-text id."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)

@@ -5,8 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from posttrain.data.load import Row, load_rows
 from posttrain.data.prompts import shortened, template_for
 from posttrain.decoding.guide import ValueGuide
@@ -18,7 +16,7 @@ from posttrain.evaluation.plots import accuracy_curves, length_histogram
 from posttrain.evaluation.report import Figure, write_report
 from posttrain.models.load import Policy
 from posttrain.rollouts.collect import check_prompts, collect, prompts_for
-from posttrain.rollouts.engine import LEAST_BETA, Sampling
+from posttrain.rollouts.engine import LEAST_BETA, Engine, Sampling
 from posttrain.rollouts.rollin import Prefix
 from posttrain.rollouts.table import RolloutTable
 from posttrain.rollouts.transformers import TransformersEngine
@@ -67,14 +65,16 @@ def rollout(
     say: Callable[[str], None] = print,
     guide: ValueGuide | None = None,
     prefixes: Mapping[tuple[str, int], Prefix] | None = None,
+    engine: Engine | None = None,
 ) -> RolloutTable:
     """Shows one prompt as the model sees it, then collects; rows: those of the configuration.
 
-    guide: what guides at the configuration's beta; prefixes: what was rolled in (see `collect`).
+    engine: default: transformers, on the policy's model, with the guide, at the configuration's beta; prefixes: what was
+    rolled in (see `collect`).
     Errors: UserError naming the field, before anything is sampled.
     """
     template = config.template
-    engine = TransformersEngine(
+    engine = engine or TransformersEngine(
         policy.model, policy.tokenizer, fingerprint=policy.fingerprint, slots=config.slots, guide=guide
     )
     prompts = prompts_for(rows, policy.tokenizer, template)
@@ -94,12 +94,7 @@ def rollout(
             "source": f"{config.data}/{config.split}",
             "template": template,
             "grader": grader,
-            "engine": "transformers",
-            "slots": config.slots,
-            "dtype": str(policy.model.dtype).removeprefix("torch."),
-            "device": policy.model.device.type,
-            "threads": torch.get_num_threads(),
-            **({"guidance": guide.settings} if guide else {}),
+            **engine.settings,
         },
         beta=config.beta,
         guide=guide.name if guide else None,

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from posttrain.errors import UserError
 
@@ -98,11 +98,14 @@ class Engine(Protocol):
     """Turns requests into completions.
 
     `fingerprint` names the weights; `context` is the largest number of tokens that prompt and completion may have
-    together.
+    together; `settings` are whatever else decides its completions.
     """
 
     fingerprint: str
     context: int
+
+    @property
+    def settings(self) -> dict[str, Any]: ...
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Every request's completion, once, as they finish. Errors: UserError for a request that cannot fit, before any

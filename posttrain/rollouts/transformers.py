@@ -64,6 +64,18 @@ class TransformersEngine:
         self.vocab: int = config.vocab_size
         self.eos_ids = end_ids(model, tokenizer) if eos_ids is None else frozenset(eos_ids)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides its completions, besides the weights and the request."""
+        return {
+            "engine": "transformers",
+            "slots": self.slots,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": self.model.device.type,
+            "threads": torch.get_num_threads(),
+            **({"guidance": self.guide.settings} if self.guide is not None else {}),
+        }
+
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Completions as they finish. Errors: UserError for a request that cannot fit, before any generation."""
         waiting = deque(requests)
@@ -111,12 +123,13 @@ def evaluating(model: Any) -> Iterator[None]:
 class Guide(Protocol):
     """Turns a step's scores into guided ones (`posttrain.decoding.guide`); its sessions follow the batch, slot by slot.
 
-    reads_policy: whether it needs the policy's last hidden states; context: the largest number of tokens it can read, None
-    for no limit of its own.
+    settings: what decides how it guides; reads_policy: whether it needs the policy's last hidden states; context: the
+    largest number of tokens it can read, None for no limit of its own.
     """
 
     reads_policy: bool
     context: int | None
+    settings: dict[str, Any]
 
     def session(self, slots: int, context: int) -> Any: ...
 

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from posttrain.errors import UserError
 from posttrain.models.load import model_fingerprint
@@ -59,7 +59,22 @@ class VLLMEngine:
         self.fingerprint = model_fingerprint(folder)
         self.context: int = self.llm.llm_engine.model_config.max_model_len
         self.vocab: int = self.llm.llm_engine.model_config.get_vocab_size()
+        self.slots = slots
         self._calls = 0
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides its completions, besides the weights and the request."""
+        from vllm import __version__
+
+        config: Any = self.llm.llm_engine.vllm_config
+        return {
+            "engine": "vllm",
+            "vllm": __version__,
+            "slots": self.slots,
+            "dtype": str(config.model_config.dtype).removeprefix("torch."),
+            "device": config.device_config.device.type,
+        }
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Completions as they finish. Errors: UserError for a request that cannot fit, before any generation."""
@@ -119,6 +134,19 @@ class VLLMEngine:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def check_for_vllm(*, guide: Any, device: str | None, threads: int | None, dtype: str | None) -> None:
+    """Errors: UserError for what only the transformers engine does."""
+    for name, value, instead in (
+        ("guide", guide, "guides work in the transformers engine"),
+        ("device", device, "it takes the one it was built for; CUDA_VISIBLE_DEVICES chooses among GPUs"),
+        ("threads", threads, "set VLLM_CPU_OMP_THREADS_BIND or OMP_NUM_THREADS"),
+    ):
+        if value is not None:
+            raise UserError(f"--{name}: not with --engine vllm; {instead}")
+    if dtype not in (None, *get_args(Precision)):
+        raise UserError(f"dtype: must be float32 or bfloat16, got {dtype!r}")
 
 
 def repack_tied_head(model: Any) -> None:

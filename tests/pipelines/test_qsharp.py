@@ -160,6 +160,7 @@ def test_other_test_data(tmp_path):
         Work(replace(SMALL, **files, test_data=str(tmp_path / "both.jsonl")), say=lambda _: None)
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_guidance_raises_accuracy_and_cd_does_not_do_more_with_its_kl(tmp_path, seed):

@@ -1,0 +1,47 @@
+"""`posttrain rollout --engine vllm`: what is refused at once, and a table by the real vLLM."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from posttrain.cli.main import main
+from posttrain.rollouts.table import read_table
+
+ROLLOUT = ("rollout", "--model", "tiny", "--data", "arithmetic", "--samples", "2", "--limit", "4", "--engine", "vllm")
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        (("--guide", "somewhere"), "--guide: not with --engine vllm; guides work in the transformers engine"),
+        (("--device", "cpu"), "--device: not with --engine vllm; it takes the one it was built for"),
+        (("--threads", "1"), "--threads: not with --engine vllm; set VLLM_CPU_OMP_THREADS_BIND or OMP_NUM_THREADS"),
+        (("--dtype", "float8"), "dtype: must be float32 or bfloat16, got 'float8'"),
+    ],
+)
+def test_what_vllm_does_not_do_is_refused(tmp_path, capsys, more, line):
+    assert main([*ROLLOUT, "--out", str(tmp_path / "table"), *more]) == 2
+    assert line in capsys.readouterr().err
+    assert not (tmp_path / "table").exists()
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_a_table_by_vllm_is_the_transformers_engines_where_nothing_is_drawn(tmp_path):
+    tables = {}
+    for engine in ("transformers", "vllm"):
+        command = [*ROLLOUT[:-1], engine, "--temperature", "0", "--dtype", "float32", "--out", str(tmp_path / engine)]
+        done = subprocess.run(
+            [sys.executable, "-m", "posttrain", *command], capture_output=True, text=True, env=os.environ, timeout=600
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        tables[engine] = read_table(tmp_path / engine)
+    assert tables["vllm"].column("completion_ids") == tables["transformers"].column("completion_ids")
+    assert tables["vllm"].column("correct") == tables["transformers"].column("correct")
+    settings = json.loads((tmp_path / "vllm" / "manifest.json").read_text())["settings"]
+    assert settings["engine"] == "vllm"
+    assert settings["dtype"] == "float32"
+    assert settings["vllm"]
