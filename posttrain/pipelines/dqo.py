@@ -51,6 +51,17 @@ class DQOTraining:
     bf16: bool = field(default=False, metadata={"help": "bfloat16 forward; weights stay float32"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory, a second forward"})
 
+    def __post_init__(self) -> None:
+        for name in ("beta", "importance_cap", "learning_rate", "value_learning_rate", "epochs"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"{name}: must be positive and finite, got {value}")
+        for name, least in (("batch_size", 1), ("accumulation", 1), ("critic_warmup_steps", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name}: must be at least {least}, got {getattr(self, name)}")
+        if not 0 <= self.lam <= 1:
+            raise UserError(f"lam: must be between 0 and 1, got {self.lam}")
+
 
 @dataclass(frozen=True)
 class DQORunConfig:

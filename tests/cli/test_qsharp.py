@@ -24,6 +24,7 @@ def recipe(tmp_path):
     return write
 
 
+@pytest.mark.slow
 def test_a_recipe_is_run_into_the_folder_of_the_command_line(tmp_path, recipe, capsys):
     """Stage after stage, each alone."""
     out = tmp_path / "other"

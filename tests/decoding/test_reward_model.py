@@ -24,7 +24,8 @@ def test_a_score_is_the_mean_of_the_return_after_the_last_token(head, atoms):
     for score, (prompt, completion) in zip(found, asked, strict=True):
         with torch.inference_mode():
             logits = value(torch.tensor([[*prompt, *completion]]), trunk=policy.get_decoder())[0, -1]
-        expected = torch.sigmoid(logits) if atoms is None else (torch.softmax(logits, -1) * torch.tensor(atoms)).sum()
+        probabilities = torch.sigmoid(logits) if atoms is None else torch.softmax(logits, -1)
+        expected = (probabilities * torch.tensor(atoms or 1.0)).sum()
         torch.testing.assert_close(score, expected, atol=1e-5, rtol=1e-5)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from posttrain.errors import UserError
 from posttrain.evaluation.sweep import COLUMNS, rows, sweep
-from tests.evaluation.stand_ins import Adder, adder, tasks_of
+from tests.evaluation.stand_ins import Adder, adder, tasks_of, write_data
 
 BETAS = (0.1, 1.0)
 RUNS = ["base", "qsharp-beta-0.1", "qsharp-beta-1.0", "cd-beta-0.1", "cd-beta-1.0"]
@@ -44,13 +44,19 @@ class Swept:
         return replace(adder(self.engines[-1], **guided), beta=beta, guide="a guide" if law else None)
 
 
-@pytest.fixture
-def swept(tmp_path, data):
-    return Swept(data, tmp_path / "sweep")
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Of data, and of a finished sweep over them."""
+    return tmp_path_factory.mktemp("sweep")
 
 
-def test_both_laws_are_measured_at_every_beta_beside_the_model_alone(tmp_path, swept):
-    out = tmp_path / "sweep"
+@pytest.fixture(scope="module")
+def swept(folder):
+    return Swept(write_data(folder / "sums.jsonl"), folder / "sweep")
+
+
+def test_both_laws_are_measured_at_every_beta_beside_the_model_alone(folder, swept):
+    out = folder / "sweep"
     assert sorted(path.name for path in out.iterdir() if path.is_dir()) == sorted(RUNS)
     entry = json.loads((out / "frontier.json").read_text())["sums"]
     alone = json.loads((out / "base" / "report.json").read_text())["benchmarks"]["sums"]
@@ -75,12 +81,12 @@ def test_the_table_has_one_line_for_each(swept):
     ]
 
 
-def test_the_page_defines_what_it_compares(tmp_path, swept):
-    page = (tmp_path / "sweep" / "frontier.html").read_text()
+def test_the_page_defines_what_it_compares(folder, swept):
+    page = (folder / "sweep" / "frontier.html").read_text()
     assert page.count("<svg") == 1 and "controlled decoding" in page and "E[exp(R / beta)]" in page
     for name in RUNS[1:]:
         law = "Q#" if "qsharp" in name else "CD"
-        own = (tmp_path / "sweep" / name / "report.html").read_text()
+        own = (folder / "sweep" / name / "report.html").read_text()
         assert f"guided by {law} (vvvvvvvvvvvvvvvv) at beta {float(name.rpartition('-')[2]):g}" in own
 
 
@@ -89,13 +95,13 @@ def test_a_prompt_is_shown_once(swept):
     assert [line for line in swept.said if line.removesuffix(":") in RUNS] == [f"{name}:" for name in RUNS]
 
 
-def test_what_is_finished_is_kept(tmp_path, data, swept):
-    page = (tmp_path / "sweep" / "frontier.html").read_bytes()
-    again = Swept(data, tmp_path / "sweep", resume=True)
+def test_what_is_finished_is_kept(folder, swept):
+    page = (folder / "sweep" / "frontier.html").read_bytes()
+    again = Swept(folder / "sums.jsonl", folder / "sweep", resume=True)
     assert not any(engine.asked for engine in again.engines)
-    assert again.found == swept.found and (tmp_path / "sweep" / "frontier.html").read_bytes() == page
+    assert again.found == swept.found and (folder / "sweep" / "frontier.html").read_bytes() == page
 
 
-def test_a_sweep_in_a_full_folder_needs_resume(tmp_path, data, swept):
+def test_a_sweep_in_a_full_folder_needs_resume(folder, swept):
     with pytest.raises(UserError, match=r"^out: .*base is not empty; --resume"):
-        Swept(data, tmp_path / "sweep")
+        Swept(folder / "sums.jsonl", folder / "sweep")

@@ -71,3 +71,17 @@ def test_a_policy_is_trained_by_one_process_at_a_time(finished):
     out, _ = finished
     with reserved(out / "policy"), pytest.raises(UserError, match="out: another run is writing to .*policy"):
         run(replace(SMALL, out=str(out)), say=lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"beta": 0}, r"^training\.beta: must be positive and finite, got 0.0"),
+        ({"lam": 1.5}, r"^training\.lam: must be between 0 and 1, got 1.5"),
+        ({"batch_size": 0}, r"^training\.batch_size: must be at least 1, got 0"),
+        ({"critic_warmup_steps": -1}, r"^training\.critic_warmup_steps: must be at least 0, got -1"),
+    ],
+)
+def test_a_mistake_in_the_training_is_named_as_in_the_configuration(training, message):
+    with pytest.raises(UserError, match=message):
+        build(DQORunConfig, {"out": "x", "training": training})
