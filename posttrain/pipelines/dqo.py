@@ -100,7 +100,7 @@ class DQORun:
     arms: dict[str, Arm]
     training: dict[str, Any]
     trained: RolloutTable
-    baselines: dict[str, Baseline]
+    baselines: dict[Method, Baseline]
 
     @property
     def manifest(self) -> dict[str, Any]:
