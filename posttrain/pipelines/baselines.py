@@ -48,10 +48,18 @@ def run_baseline(
 ) -> Baseline:
     """Trains on the table and measures on the test problems; what is finished in `out` is kept. Errors: as `train`."""
     made = train(method, policy, table, settings, out / "policy", seed, say)
-    after = load_model(str(out / "policy"), str(policy.model.device), "float32")
-    trained = rollout(after, test_plan, test_rows, out / "trained", resume=True, say=lambda _: None)
     learned = table.manifest["seconds"] + made["seconds"]
-    return Baseline(policy_arm(method, TITLES[method], trained, learned), made, trained)
+    arm, trained = measure(method, TITLES[method], out, policy, test_plan, test_rows, learned)
+    return Baseline(arm, made, trained)
+
+
+def measure(
+    name: str, title: str, out: Path, start: Policy, plan: RolloutConfig, rows: Sequence[Row], seconds: float
+) -> tuple[Arm, RolloutTable]:
+    """What the policy in `out`/policy, trained from `start`, does with the test problems, in `out`/trained; seconds: to learn it."""
+    after = load_model(str(out / "policy"), str(start.model.device), "float32")
+    trained = rollout(after, plan, rows, out / "trained", resume=True, say=lambda _: None)
+    return policy_arm(name, title, trained, seconds), trained
 
 
 def train(

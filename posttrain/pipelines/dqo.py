@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from posttrain.errors import UserError
-from posttrain.evaluation.arms import Arm, policy_arm, sampled_arms
+from posttrain.evaluation.arms import Arm, sampled_arms
 from posttrain.evaluation.plots import length_histogram
 from posttrain.evaluation.report import Figure, write_report
 from posttrain.models.actor_critic import ActorCritic, new_critic
@@ -127,12 +127,10 @@ def run(config: DQORunConfig, say: Callable[[str], None] = print) -> DQORun:
     made = train(policy, table, config.training, out / "policy", config.seed, say)
     say(f"{config.test_split}: {config.test_samples} completions of each of {len(test_rows)} prompts, before and after")
     test = rollout(policy, test_plan, test_rows, out / "test", resume=True, say=_silent)
-    after = load_model(str(out / "policy"), config.device, "float32")
-    trained = rollout(after, test_plan, test_rows, out / "trained", resume=True, say=_silent)
     lengths = [[len(ids) for ids in row] for row in test.rectangle("completion_ids")]
-    sampled = sampled_arms(test.rectangle("correct"), test.rectangle("extracted"), lengths, test.manifest["seconds"])
+    arms = sampled_arms(test.rectangle("correct"), test.rectangle("extracted"), lengths, test.manifest["seconds"])
     learned = table.manifest["seconds"] + made["seconds"]
-    arms = {**sampled, "dqo": policy_arm("dqo", f"DQO, beta {config.training.beta:g}", trained, learned)}
+    arms["dqo"], trained = baselines.measure("dqo", title(config.training), out, policy, test_plan, test_rows, learned)
     beside = {
         method: baselines.run_baseline(
             method, policy, table, getattr(config, method), out / method, test_plan, test_rows, config.seed, say
@@ -234,6 +232,10 @@ def publish(result: DQORun, title: str, lead: str) -> None:
         definitions=("pass@1", "maj@k", "pass@k", "tokens", "seconds", "interval"),
         manifest=result.manifest,
     )
+
+
+def title(config: DQOTraining) -> str:
+    return f"DQO, beta {config.beta:g}"
 
 
 def _plan(config: DQORunConfig, split: str, limit: int, samples: int) -> RolloutConfig:
