@@ -3,6 +3,7 @@
     train/            rollout table of the starting policy
     policy/           the trained policy, an ordinary folder; its value model in policy/critic
     test/, trained/   rollout tables of the starting and the trained policy on test problems
+    METHOD/           the same of every baseline that the configuration names (pipelines/baselines.py)
     summary.json, report.html
 
 What is finished is not made again; an interrupted training continues from its last checkpoint.
@@ -19,16 +20,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from posttrain.errors import UserError
-from posttrain.evaluation.arms import Arm, policy_arm, sampled_arms
+from posttrain.evaluation.arms import Arm, sampled_arms
 from posttrain.evaluation.plots import length_histogram
 from posttrain.evaluation.report import Figure, write_report
 from posttrain.models.actor_critic import ActorCritic, new_critic
 from posttrain.models.load import Policy, load_model
+from posttrain.pipelines import baselines
+from posttrain.pipelines.baselines import Baseline
 from posttrain.pipelines.rollout import RolloutConfig, check_overlap, lengths_by_verdict, rollout
 from posttrain.provenance import hash_json, plain, versions, write_json
 from posttrain.rollouts.collect import reserved
 from posttrain.rollouts.engine import Sampling
 from posttrain.rollouts.table import RolloutTable
+from posttrain.trainers.baselines import BaselineTraining, Method
 
 MADE_BY = "made_by.json"
 
@@ -63,6 +67,10 @@ class DQOTraining:
             raise UserError(f"lam: must be between 0 and 1, got {self.lam}")
 
 
+DPO = BaselineTraining(batch_size=16)
+KTO = BaselineTraining(learning_rate=1e-4)
+
+
 @dataclass(frozen=True)
 class DQORunConfig:
     """Settings of a run; the defaults are the embedded model's."""
@@ -80,6 +88,10 @@ class DQORunConfig:
     temperature: float = field(default=1.0, metadata={"help": "of all sampling"})
     max_tokens: int = field(default=192, metadata={"help": "at most so many tokens per completion"})
     training: DQOTraining = field(default_factory=DQOTraining, metadata={"help": "the objective and the optimiser"})
+    baselines: tuple[Method, ...] = field(default=(), metadata={"help": "what stands beside DQO: rejection, dpo, kto"})
+    rejection: BaselineTraining = field(default_factory=BaselineTraining, metadata={"help": "SFT on right completions"})
+    dpo: BaselineTraining = field(default=DPO, metadata={"help": "DPO on pairs of better and worse completions"})
+    kto: BaselineTraining = field(default=KTO, metadata={"help": "KTO on all completions"})
     slots: int = field(default=64, metadata={"help": "requests in the running batch"})
     shard_prompts: int = field(default=50, metadata={"help": "prompts per shard: what is redone after an interruption"})
     device: str | None = field(default=None, metadata={"help": "cpu or cuda; default: cuda where there is one"})
@@ -100,6 +112,7 @@ class DQORun:
     arms: dict[str, Arm]
     training: dict[str, Any]
     trained: RolloutTable
+    baselines: dict[Method, Baseline]
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -108,6 +121,7 @@ class DQORun:
             "config": plain(self.config),
             "policy": {"name": self.policy.name, "fingerprint": self.policy.fingerprint},
             "training": self.training,
+            "baselines": {name: baseline.training for name, baseline in self.baselines.items()},
             "versions": versions(),
         }
 
@@ -126,13 +140,18 @@ def run(config: DQORunConfig, say: Callable[[str], None] = print) -> DQORun:
         made = train(policy, table, config.training, out / "policy", config.seed, say)
     say(f"{config.test_split}: {config.test_samples} completions of each of {len(test_rows)} prompts, before and after")
     test = rollout(policy, test_plan, test_rows, out / "test", resume=True, say=_silent)
-    after = load_model(str(out / "policy"), config.device, "float32")
-    trained = rollout(after, test_plan, test_rows, out / "trained", resume=True, say=_silent)
     lengths = [[len(ids) for ids in row] for row in test.rectangle("completion_ids")]
-    sampled = sampled_arms(test.rectangle("correct"), test.rectangle("extracted"), lengths, test.manifest["seconds"])
+    arms = sampled_arms(test.rectangle("correct"), test.rectangle("extracted"), lengths, test.manifest["seconds"])
     learned = table.manifest["seconds"] + made["seconds"]
-    arms = {**sampled, "dqo": policy_arm("dqo", f"DQO, beta {config.training.beta:g}", trained, learned)}
-    return DQORun(config, policy, arms, made, trained)
+    arms["dqo"], trained = baselines.measure("dqo", title(config.training), out, policy, test_plan, test_rows, learned)
+    beside = {
+        method: baselines.run_baseline(
+            method, policy, table, getattr(config, method), out / method, test_plan, test_rows, config.seed, say
+        )
+        for method in config.baselines
+    }
+    arms |= {method: baseline.arm for method, baseline in beside.items()}
+    return DQORun(config, policy, arms, made, trained, beside)
 
 
 def train(
@@ -226,6 +245,10 @@ def publish(result: DQORun, title: str, lead: str) -> None:
         definitions=("pass@1", "maj@k", "pass@k", "tokens", "seconds", "interval"),
         manifest=result.manifest,
     )
+
+
+def title(config: DQOTraining) -> str:
+    return f"DQO, beta {config.beta:g}"
 
 
 def _plan(config: DQORunConfig, split: str, limit: int, samples: int) -> RolloutConfig:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from posttrain.pipelines import demo as module
+from posttrain.rollouts.table import read_table
 from tests.small_demo import shrink
 
 
@@ -23,7 +24,9 @@ def test_the_summary_and_the_report_are_written(finished):
     out, result, _ = finished
     summary = json.loads((out / "summary.json").read_text())
     assert list(summary) == ["arms", "frontier", "manifest"]
-    assert {"base", "majority", "oracle", "qprobe", "cd", "qsharp", "qsharp_2"} <= set(summary["arms"])
+    assert {"base", "majority", "oracle", "qprobe", "cd", "qsharp", "qsharp_2", "rejection", "dqo"} <= set(
+        summary["arms"]
+    )
     for name, arm in summary["arms"].items():
         assert {"accuracy", "interval", "tokens", "seconds"} <= set(arm)
         assert arm["accuracy"] == result.arms[name].accuracy
@@ -55,3 +58,27 @@ def test_the_probe_s_line_says_what_was_measured(finished):
     _, result, said = finished
     assert any("held-out prompts" in line and "of the best of 2 (of 4 sampled)" in line for line in said)
     assert len(result.qprobe.fitted.held_out) == result.qprobe.fitted.metrics["validation_prompts"]
+
+
+def test_the_trained_policies_learned_from_the_same_table_and_answer_the_same_problems(finished):
+    out, result, _ = finished
+    test = result.qprobe.test.column("prompt_id")
+    for name in ("rejection", "dqo"):
+        assert result.manifest[name]["policy"] == result.qprobe.policy.fingerprint
+        trained = read_table(out / name / "trained")
+        assert list(dict.fromkeys(trained.column("prompt_id"))) == list(dict.fromkeys(test))
+        assert "kl" not in result.arms[name].measures  # the table does not know it, and it is not 0
+    assert result.manifest["dqo"]["completions"] == len(result.qprobe.train)
+    assert result.manifest["rejection"]["rows"] == sum(result.qprobe.train.column("correct"))
+
+
+def test_the_same_run_again_trains_nothing(finished):
+    out, result, _ = finished
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch)
+        patch.setattr(module.dqo, "load_model", None)
+        patch.setattr(module.baselines, "TRAINERS", {})
+        again = module.demo(out, seed=3, say=lambda _: None)
+    assert {name: arm.accuracy for name, arm in again.arms.items()} == {
+        name: arm.accuracy for name, arm in result.arms.items()
+    }
