@@ -5,7 +5,8 @@ and values that a loss holds fixed are those of the same forward, before either 
 """
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
@@ -14,7 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from posttrain.errors import UserError
 from posttrain.models.actor_critic import ActorCritic
@@ -72,6 +76,10 @@ class DQOConfig(TrainingArguments):
     train_sampling_strategy: str = field(
         default="group_by_length", metadata={"help": "batches of similar length: little padding"}
     )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False,
+        metadata={"help": "look for parameters without gradient; the losses reach all, at first at weight 0"},
+    )
     report_to: Any = field(default="none", metadata={"help": "where to log: none, tensorboard, wandb, ..."})
     save_total_limit: int | None = field(default=1, metadata={"help": "how many checkpoints to keep"})
 
@@ -108,6 +116,25 @@ def collate(examples: Sequence[Labelled]) -> dict[str, Tensor]:
     return batch
 
 
+class EpochOrder(Sampler):
+    """An epoch's order, a function of seed and epoch alone: every rank has the same, and a resumed training finds it again.
+
+    group: completions of similar length stand within so many, which one step takes; 0: no grouping. epoch: says which one it is.
+    """
+
+    def __init__(self, lengths: Sequence[int], group: int, seed: int, epoch: Callable[[], int]) -> None:
+        self.lengths, self.group, self.seed, self.epoch = lengths, group, seed, epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(hash((self.seed, self.epoch())) % 2**63)
+        if self.group:
+            return iter(get_length_grouped_indices(self.lengths, self.group, generator=generator))
+        return iter(torch.randperm(len(self.lengths), generator=generator).tolist())
+
+
 class DQOTrainer(Trainer):
     """train_dataset: completions as `Labelled`, their reference log-probabilities computed by `reference_logprobs`.
 
@@ -134,6 +161,22 @@ class DQOTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = True  # the losses divide by the counts of the whole step themselves
         self._measured: list[dict[str, float]] = []
+        self._checked = False
+        if self.is_deepspeed_enabled and "optimizer" in self.accelerator.state.deepspeed_plugin.deepspeed_config:
+            raise UserError(
+                "deepspeed: its configuration names an optimizer, which knows one learning rate for policy and value model; "
+                "leave it out"
+            )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        args, strategy = self.args, self.args.train_sampling_strategy
+        if strategy not in ("random", "group_by_length"):
+            return super()._get_train_sampler(train_dataset)
+        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        lengths = [len(example["input_ids"]) for example in train_dataset or self.train_dataset]
+        seed = args.seed if args.data_seed is None else args.data_seed
+        group = step if strategy == "group_by_length" else 0
+        return EpochOrder(lengths, group, seed, lambda: int(self.state.epoch or 0))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The usual one, with the value model in groups of its own."""
@@ -163,7 +206,7 @@ class DQOTrainer(Trainer):
         found = model(inputs["input_ids"], mask, inputs["attention_mask"])
         logprobs, values = (torch.zeros_like(inputs["rewards"]).masked_scatter(mask, flat) for flat in found)
         ref, rewards = inputs["ref_logprobs"], inputs["rewards"]
-        if self.state.global_step == 0:
+        if not self._checked and self.state.global_step == 0:
             self._check_reference(logprobs, ref, mask)
         weights = None
         if args.importance_cap is not None:
@@ -186,11 +229,12 @@ class DQOTrainer(Trainer):
     def _check_reference(self, logprobs: Tensor, ref: Tensor, mask: Tensor) -> None:
         """Before the first step policy and reference are the same model: what differs came from another kernel, template,
         or temperature, and would be learned from."""
-        gap = float((logprobs.detach() - ref)[mask].abs().max()) if mask.any() else 0.0
+        gap = (logprobs.detach() - ref)[mask].abs().max() if mask.any() else ref.new_zeros(())
+        widest = float(self.accelerator.gather(gap.reshape(1)).max())  # all ranks stop, or none
         tolerance = REFERENCE_TOLERANCE if not (self.args.bf16 or self.args.fp16) else 100 * REFERENCE_TOLERANCE
-        if not gap < tolerance and not getattr(self, "_checked", False):
+        if not widest < tolerance:
             raise UserError(
-                f"ref_logprobs: a token's differs by {gap:.3g} nats from that of the policy before its first step; compute "
+                f"ref_logprobs: a token's differs by {widest:.3g} nats from that of the policy before its first step; compute "
                 "them anew with this model, in this precision"
             )
         self._checked = True
@@ -227,14 +271,25 @@ class DQOTrainer(Trainer):
         self._measured.append({name: float(value) for name, value in measured.items()})
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """With the mean of what was measured since the last time."""
+        """With the mean, over ranks too, of what was measured since the last time."""
         if self._measured and "loss" in logs:
-            for name in self._measured[0]:
-                found = [values[name] for values in self._measured if not math.isnan(values[name])]
-                if found:
-                    logs[name] = sum(found) / len(found)
+            here = torch.tensor([list(values.values()) for values in self._measured], device=self.args.device)
+            means = self.accelerator.gather(here).nanmean(0).tolist()  # every rank measured as often
+            logs.update(
+                (name, mean) for name, mean in zip(self._measured[0], means, strict=True) if not math.isnan(mean)
+            )
             self._measured.clear()
         super().log(logs, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """A folder of the weights as they are now, of all ranks together; call it on all of them."""
+        weights = None
+        if is_deepspeed_zero3_enabled():  # whether or not the launcher thought of saving
+            weights = self.model_wrapped._zero3_consolidated_16bit_state_dict()
+        if self.args.should_save:
+            self._save(output_dir, weights)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """A checkpoint: the policy in the folder itself, the value model in `critic`, safetensors both."""
@@ -268,8 +323,11 @@ class DQOTrainer(Trainer):
             model.policy.tie_weights()
 
     def save(self, folder: str | Path) -> None:
-        """The policy as an ordinary folder, with its value model in `critic` and what made it in `training.json`."""
-        self._save(str(folder))
+        """The policy as an ordinary folder, with its value model in `critic` and what made it in `training.json`; call it on
+        all ranks."""
+        self.save_model(str(folder), _internal_call=True)
+        if not self.args.should_save:
+            return
         arguments = {
             name: value for name, value in self.args.to_dict().items() if isinstance(value, (int, float, str, bool))
         }
@@ -293,7 +351,7 @@ def labelled(
     else:
         flat = torch.cat([torch.tensor(values) for values in reference_logprobs(model, examples, batch_size)])
         cache.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
+        partial = path.with_suffix(f".{os.getpid()}.partial")  # every rank may write it
         save_file({"logprobs": flat}, partial)
         partial.replace(path)
     found: list[Labelled] = []

@@ -1,0 +1,85 @@
+"""Five steps of DQO on a small random model with tied embeddings; the launcher decides on how many ranks and under what ZeRO.
+
+accelerate launch --use_deepspeed --zero_stage 3 --num_processes 2 tests/trainers/ranks_dqo.py OUT
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+
+from posttrain.models.actor_critic import ActorCritic, new_critic
+from posttrain.trainers.dqo import DQOConfig, DQOTrainer, labelled
+from tests.small_models import BASE
+
+
+def actor_critic() -> ActorCritic:
+    torch.manual_seed(0)
+    policy = transformers.LlamaForCausalLM(transformers.LlamaConfig(**BASE, tie_word_embeddings=True)).eval()
+    critic = new_critic(policy, "reference")
+    torch.nn.init.normal_(critic.head.weight, std=0.05)
+    return ActorCritic(policy, critic)
+
+
+def examples() -> list[dict]:
+    """Completions of very different lengths: a mean over ranks of means over tokens is not the mean over tokens."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {
+            "input_ids": torch.randint(2, 101, (3 + i % 3 + 1 + 5 * i % 11,), generator=generator).tolist(),
+            "first": 3 + i % 3,
+            "reward": float(i % 2),
+            "behaviour_logprobs": None,
+            "truncated": False,
+            "prompt_id": str(i),
+        }
+        for i in range(40)
+    ]
+
+
+def trained(out: Path, rows: int, accumulation: int) -> DQOTrainer:
+    """Every step takes eight examples, `rows` at a time on every rank; in the first only the value model learns."""
+    model = actor_critic()
+    data = labelled(model, examples(), "reference", out / "cache")
+    arguments = DQOConfig(
+        str(out / "run"),
+        max_steps=5,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=accumulation,
+        logging_steps=1,
+        learning_rate=1e-3,
+        value_learning_rate=3e-3,
+        critic_warmup_steps=1,
+        weight_decay=0.01,
+        max_grad_norm=0.1,
+        lam=0.9,
+        beta=0.1,
+        adam_epsilon=1e-3,  # where gradients are nearly zero Adam's steps are otherwise all sign and no size
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="steps",
+        save_steps=5,
+    )
+    trainer = DQOTrainer(model, arguments, data)
+    trainer.train()
+    return trainer
+
+
+def main(out: Path) -> None:
+    trainer = trained(out, rows=2, accumulation=2)
+    trainer.save(out / "policy")
+    if trainer.is_world_process_zero():
+        wrapped = trainer.model_wrapped
+        report = {
+            "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+            "ranks": trainer.args.world_size,
+            "engine": type(wrapped).__name__,
+            "zero_stage": wrapped.zero_optimization_stage() if hasattr(wrapped, "zero_optimization_stage") else 0,
+        }
+        (out / "report.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
