@@ -55,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="problems per shard, the unit that --resume redoes; default: 256 completions' worth",
     )
     group.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
+    group.add_argument("--engine", choices=("transformers", "vllm"), help="what samples; default: transformers")
     group.add_argument("--guide", metavar="DIR", help="a value model of posttrain qsharp, which tilts every token")
     group.add_argument(
         "--beta",
@@ -100,9 +101,10 @@ def _measure(words: list[str], given: dict[str, Any]) -> None:
     from posttrain.evaluation.benchmarks import load_all
     from posttrain.evaluation.harness import Model, evaluate
     from posttrain.evaluation.sweep import COLUMNS, Law, rows, sweep
-    from posttrain.models.load import load_model
+    from posttrain.models.load import load_model, load_tokenizer, model_folder
     from posttrain.rollouts.collect import check_folder
     from posttrain.rollouts.transformers import TransformersEngine
+    from posttrain.rollouts.vllm import VLLMEngine, check_for_vllm
 
     if given.get("threads", 1) < 1:
         raise UserError(f"threads: must be at least 1, got {given['threads']}")
@@ -118,16 +120,20 @@ def _measure(words: list[str], given: dict[str, Any]) -> None:
     betas = _betas(given)
     if len(betas) > 1 and "until" in given:
         raise UserError("until: a sweep over several betas runs whole; leave it out")
+    if given.get("engine") == "vllm":
+        check_for_vllm(**{name: given.get(name) for name in ("guide", "device", "threads", "dtype")})
     check_folder(given["out"], given.get("resume", False))
+    out, options = given["out"], {name: given[name] for name in ("seed", "resume", "shard_prompts") if name in given}
+    until, slots = given.get("until", "report"), given.get("slots", 64)
+    if given.get("engine") == "vllm":
+        policy = load_tokenizer(given["model"])
+        with VLLMEngine(model_folder(given["model"]), slots=slots, dtype=given.get("dtype", "auto")) as served:
+            measured = Model(policy.name, served, policy.tokenizer, served.settings)
+            evaluate(tasks, measured, out, until=until, **options)
+        if until == "report":
+            _show(out)
+        return
     policy = load_model(given["model"], given.get("device"), given.get("dtype"))
-    slots = given.get("slots", 64)
-    settings = {
-        "engine": "transformers",
-        "slots": slots,
-        "dtype": str(policy.model.dtype).removeprefix("torch."),
-        "device": policy.model.device.type,
-        "threads": torch.get_num_threads(),
-    }
 
     def model(law: Law | None, beta: float | None) -> Model:
         any_reference = given.get("any_reference", False)
@@ -135,15 +141,12 @@ def _measure(words: list[str], given: dict[str, Any]) -> None:
         engine = TransformersEngine(
             policy.model, policy.tokenizer, fingerprint=policy.fingerprint, slots=slots, guide=guide
         )
-        guided = {"guidance": guide.settings} if guide else {}
-        return Model(policy.name, engine, policy.tokenizer, {**settings, **guided}, beta, guide.name if guide else None)
+        return Model(policy.name, engine, policy.tokenizer, engine.settings, beta, guide.name if guide else None)
 
-    out, options = given["out"], {name: given[name] for name in ("seed", "resume", "shard_prompts") if name in given}
     if len(betas) > 1:
         print_table(COLUMNS, rows(sweep(tasks, model, betas, out, **options)))
         print(f"report: {out / 'frontier.html'} (also .json), and one in every run's folder")
         return
-    until = given.get("until", "report")
     evaluate(tasks, model("qsharp", betas[0]) if betas else model(None, None), out, until=until, **options)
     if until == "report":
         _show(out)
@@ -242,7 +245,7 @@ def _show(out: Path) -> None:
 
 
 MEASURING = frozenset(
-    "n k temperature top_p top_k max_tokens limit any_data seed resume until dtype device slots shard_prompts threads "
+    "n k temperature top_p top_k max_tokens limit any_data seed resume until dtype device slots shard_prompts threads engine "
     "guide beta any_reference".split()
 )
 NOTHING: frozenset[str] = frozenset()

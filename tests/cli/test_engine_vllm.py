@@ -1,4 +1,4 @@
-"""`posttrain rollout --engine vllm`: what is refused at once, and a table by the real vLLM."""
+"""`--engine vllm` of rollout and eval: what is refused at once, and what the real vLLM samples."""
 
 import json
 import os
@@ -45,3 +45,24 @@ def test_a_table_by_vllm_is_the_transformers_engines_where_nothing_is_drawn(tmp_
     assert settings["engine"] == "vllm"
     assert settings["dtype"] == "float32"
     assert settings["vllm"]
+
+
+def test_an_evaluation_refuses_the_same(tmp_path, capsys):
+    command = ("eval", "arithmetic", "--model", "tiny", "--out", str(tmp_path / "run"), "--engine", "vllm")
+    assert main([*command, "--guide", "somewhere"]) == 2
+    assert "--guide: not with --engine vllm" in capsys.readouterr().err
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_an_evaluation_by_vllm(tmp_path):
+    command = ("eval", "arithmetic", "--model", "tiny", "--limit", "6", "--temperature", "0", "--n", "1")
+    found = {}
+    for engine in ("transformers", "vllm"):
+        more = ("--dtype", "float32", "--engine", engine, "--out", str(tmp_path / engine))
+        done = subprocess.run(
+            [sys.executable, "-m", "posttrain", *command, *more], capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[engine] = read_table(tmp_path / engine / "arithmetic" / "rollouts").column("completion_ids")
+    assert found["vllm"] == found["transformers"]
