@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from posttrain.config import within
 from posttrain.decoding.guidance import Guidance
 from posttrain.decoding.guide import ValueGuide, load_guide
 from posttrain.decoding.reward_model import value_scores
@@ -29,6 +30,7 @@ from posttrain.evaluation.intervals import mean_interval
 from posttrain.evaluation.plots import frontier, length_histogram
 from posttrain.evaluation.report import Figure, write_report
 from posttrain.models.load import Policy, load_model
+from posttrain.models.value import base_fingerprint
 from posttrain.pipelines.rollout import RolloutConfig, check_overlap, lengths_by_verdict, rollout
 from posttrain.pipelines.value_training import MADE_BY, ValueTraining, train_value
 from posttrain.provenance import plain, versions, write_json
@@ -160,6 +162,9 @@ class Work:
         self.test_plan = self._plan(test_data, config.test_split, config.test_prompts, config.k)
         self.train_rows, self.test_rows = self.train_plan.rows(), self.test_plan.rows()
         check_overlap(self.train_rows, self.test_rows)
+        if config.value.base:
+            with within("value."):
+                base_fingerprint(config.value.base)  # refused now, not after the first round is collected
         self.policy = load_model(config.model, config.device, config.dtype)
         self.guide = cache(self._guide)
 

@@ -48,6 +48,7 @@ def test_a_recipe_is_run_into_the_folder_of_the_command_line(tmp_path, recipe, c
         ({"value": {"head": "w"}}, "value.head: must be one of v, q, shared"),
         ({"value": {"epochs": 0}}, "value.epochs: must be positive, got 0.0"),
         ({"value": {"atoms": [1, 0]}}, "value.atoms: must be at least two increasing numbers"),
+        ({"value": {"head": "v", "base": "./nowhere"}}, "value.base: no such folder: ./nowhere"),
         ({"guidance": {"candidates": 0}}, "guidance.candidates: must be at least 1, got 0"),
         ({"guidance": {"law": "cd"}}, "guidance.law: a run measures both laws"),
         ({"model": "./nowhere"}, "model: no such folder"),
