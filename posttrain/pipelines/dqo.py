@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from posttrain.evaluation.report import Figure, write_report
 from posttrain.models.actor_critic import ActorCritic, new_critic
 from posttrain.models.load import Policy, load_model
 from posttrain.pipelines.rollout import RolloutConfig, check_overlap, lengths_by_verdict, rollout
+from posttrain.pipelines.value_training import last_checkpoint
 from posttrain.provenance import hash_json, plain, versions, write_json
 from posttrain.rollouts.engine import Sampling
 from posttrain.rollouts.table import RolloutTable
@@ -49,6 +50,16 @@ class DQOTraining:
     accumulation: int = field(default=1, metadata={"help": "forwards per step"})
     bf16: bool = field(default=False, metadata={"help": "bfloat16 forward; weights stay float32"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory, a second forward"})
+    lora_rank: int | None = field(default=None, metadata={"help": "LoRA on the policy; default: full fine-tuning"})
+    value_lora_rank: int | None = field(
+        default=None, metadata={"help": "LoRA on the value model; with lora_rank on the same frozen base"}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("lora_rank", "value_lora_rank"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"{name}: must be positive, got {value}; leave it out for full fine-tuning")
 
 
 @dataclass(frozen=True)
@@ -144,21 +155,21 @@ def train(
             )
         return made
     from transformers import PrinterCallback  # with the trainer below, seconds of import
-    from transformers.trainer_utils import get_last_checkpoint
 
     from posttrain.trainers.dqo import DQOConfig, DQOTrainer, labelled
     from posttrain.trainers.dqo_examples import examples_of
 
     started = time.perf_counter()
+    shared = None not in (config.lora_rank, config.value_lora_rank)
     start = load_model(policy.name, str(policy.model.device), "float32")
-    model = ActorCritic(start.model, new_critic(start.model, policy.fingerprint))
+    model = ActorCritic(start.model, new_critic(start.model, policy.fingerprint, shared))
     examples = labelled(
         model, examples_of([table], policy.fingerprint), policy.fingerprint, folder.parent, config.batch_size
     )
     say(f"DQO on {len(examples)} completions")
     scratch = folder.with_name(f"{folder.name}-checkpoints-{key[:12]}")
     arguments = {
-        name: value for name, value in plain(config).items() if name not in ("epochs", "batch_size", "accumulation")
+        name: value for name, value in plain(config).items() if name in {field.name for field in fields(DQOConfig)}
     }
     trainer = DQOTrainer(
         model,
@@ -177,9 +188,11 @@ def train(
         ),
         examples,
         processing_class=policy.tokenizer,
+        peft_config=_lora(config.lora_rank),
+        value_peft_config=_lora(config.value_lora_rank),
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(scratch)) if scratch.is_dir() else None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
     trainer.save(folder)
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     made = {
@@ -195,6 +208,14 @@ def train(
     write_json(folder / MADE_BY, made)
     shutil.rmtree(scratch, ignore_errors=True)
     return made
+
+
+def _lora(rank: int | None) -> Any:
+    if rank is None:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
 
 
 def publish(result: DQORun, title: str, lead: str) -> None:

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from posttrain.errors import UserError
-from posttrain.models.actor_critic import ActorCritic
+from posttrain.models.actor_critic import ActorCritic, merged
 from posttrain.objectives.dqo import (
     importance_weights,
     kl_rewards,
@@ -33,6 +33,7 @@ from posttrain.objectives.dqo import (
 from posttrain.provenance import hash_json, versions, write_json
 from posttrain.trainers.dqo_examples import Example
 
+ADAPTERS = "adapters.safetensors"  # of a checkpoint: all that is trained, where the rest is frozen
 REFERENCE_TOLERANCE = 1e-3  # nats per token, in float32: what kernels and batches may change
 
 
@@ -138,6 +139,12 @@ class EpochOrder(Sampler):
 class DQOTrainer(Trainer):
     """train_dataset: completions as `Labelled`, their reference log-probabilities computed by `reference_logprobs`.
 
+    peft_config, value_peft_config: LoRA on the policy, and on the value model's backbone, instead of full fine-tuning; compute
+    the reference log-probabilities first, from the policy without adapters. `save` merges them. With both, the value model
+    may stand on the policy's own weights (`new_critic(..., shared=True)`).
+    Under ZeRO-3 make the models before the arguments: once they are there, transformers shards whatever is loaded.
+    Errors: UserError for adapters under ZeRO-3 or with dropout, and where only one model on shared weights has them.
+
     What it logs, besides the losses: `log_ratio_right`, `log_ratio_wrong` (sums over completions whose rewards add up to more
     than half, or not), `value_first` and `return` (V of the prompt against what came of it), `explained_variance`,
     `weight` and `weight_capped` (mean, and share at the cap), `ess` (effective sample size over sample size), `kl`.
@@ -150,7 +157,10 @@ class DQOTrainer(Trainer):
         train_dataset: Sequence[Labelled],
         processing_class: Any = None,
         callbacks: list[TrainerCallback] | None = None,
+        peft_config: Any = None,
+        value_peft_config: Any = None,
     ) -> None:
+        _adapt(model, peft_config, value_peft_config, args.seed)
         super().__init__(
             model=model,
             args=args,
@@ -282,17 +292,34 @@ class DQOTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """A folder of the weights as they are now, of all ranks together; call it on all of them."""
-        weights = None
-        if is_deepspeed_zero3_enabled():  # whether or not the launcher thought of saving
-            weights = self.model_wrapped._zero3_consolidated_16bit_state_dict()
-        if self.args.should_save:
-            self._save(output_dir, weights)
+        """A folder of the weights as they are now, of all ranks together; call it on all of them. Inside a checkpoint a
+        frozen base is left out."""
+        if not _internal_call or not self._frozen():
+            self._save(output_dir, self._gathered())
+        elif self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(
+                {name: weight.detach().contiguous() for name, weight in self._trained().items()}, folder / ADAPTERS
+            )
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
+    def _trained(self) -> dict[str, Tensor]:
+        model = self.accelerator.unwrap_model(self.model)
+        return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+    def _frozen(self) -> bool:
+        return not all(weight.requires_grad for weight in self.accelerator.unwrap_model(self.model).parameters())
+
+    def _gathered(self) -> dict[str, Tensor] | None:
+        """All weights, where a rank has but a part of them: whether or not the launcher thought of saving."""
+        return self.model_wrapped._zero3_consolidated_16bit_state_dict() if is_deepspeed_zero3_enabled() else None
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """A checkpoint: the policy in the folder itself, the value model in `critic`, safetensors both."""
+        """The policy in the folder itself, the value model in `critic`, adapters merged, safetensors both."""
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.args.output_dir)
         model = self.accelerator.unwrap_model(self.model)
         parts = ((folder, model.policy, "policy."), (folder / "critic", model.critic, "critic."))
@@ -302,13 +329,19 @@ class DQOTrainer(Trainer):
                 own = {
                     name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)
                 }
-            part.save_pretrained(place, state_dict=own)
+            merged(part).save_pretrained(place, state_dict=own)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         model = self.accelerator.unwrap_model(model or self.model)
         folder = Path(resume_from_checkpoint)
+        if self._frozen():
+            weights = load_file(folder / ADAPTERS) if (folder / ADAPTERS).is_file() else {}
+            if weights.keys() != self._trained().keys():
+                raise UserError(f"resume_from_checkpoint: {folder} is not a checkpoint of these adapters")
+            model.load_state_dict(weights, strict=False)
+            return
         for place, part in ((folder, model.policy), (folder / "critic", model.critic)):
             weights = {
                 name: value
@@ -325,7 +358,7 @@ class DQOTrainer(Trainer):
     def save(self, folder: str | Path) -> None:
         """The policy as an ordinary folder, with its value model in `critic` and what made it in `training.json`; call it on
         all ranks."""
-        self.save_model(str(folder), _internal_call=True)
+        self._save(str(folder), self._gathered())
         if not self.args.should_save:
             return
         arguments = {
@@ -333,6 +366,28 @@ class DQOTrainer(Trainer):
         }
         log = [{name: value for name, value in entry.items() if value == value} for entry in self.state.log_history]
         write_json(Path(folder) / "training.json", {"versions": versions(), "arguments": arguments, "log": log})
+
+
+def _adapt(model: ActorCritic, peft_config: Any, value_peft_config: Any, seed: int) -> None:
+    given = {"peft_config": peft_config, "value_peft_config": value_peft_config}
+    for name, config in given.items():
+        if config is not None and is_deepspeed_zero3_enabled():
+            raise UserError(f"{name}: adapters cannot be merged under ZeRO-3; use ZeRO-2")
+        if getattr(config, "lora_dropout", 0):
+            raise UserError(f"{name}: lora_dropout must be 0, got {config.lora_dropout}; it makes the log-ratios noise")
+    theirs = set(map(id, model.policy.parameters()))
+    if None in given.values() and any(id(weight) in theirs for weight in model.critic.backbone.parameters()):
+        name = next(name for name, config in given.items() if config is None)
+        raise UserError(f"{name}: policy and value model have the same weights, so that each needs adapters of its own")
+    if peft_config is None and value_peft_config is None:
+        return
+    from peft import get_peft_model
+
+    set_seed(seed)
+    if peft_config is not None:
+        model.policy = get_peft_model(model.policy, peft_config)
+    if value_peft_config is not None:
+        model.critic.backbone = get_peft_model(model.critic.backbone, value_peft_config)
 
 
 def labelled(
