@@ -42,6 +42,11 @@ class DQOTraining:
     importance_cap: float | None = field(default=math.e, metadata={"help": "cap of a completion's weight pi / mu"})
     normalisation: Literal["token", "seq"] = field(default="token", metadata={"help": "what a loss is a mean over"})
     full_gradient: bool = field(default=False, metadata={"help": "differentiate the returns too"})
+    process: Literal["additive", "shaping"] = field(
+        default="additive",
+        metadata={"help": "what scores of steps are, where the table has any: rewards, or a potential"},
+    )
+    process_scale: float = field(default=1.0, metadata={"help": "of those scores"})
     learning_rate: float = field(default=3e-4, metadata={"help": "of the policy, AdamW"})
     value_learning_rate: float = field(default=1e-3, metadata={"help": "of the value model"})
     critic_warmup_steps: int = field(default=10, metadata={"help": "steps in which only the value model learns"})
@@ -164,7 +169,11 @@ def train(
     start = load_model(policy.name, str(policy.model.device), "float32")
     model = ActorCritic(start.model, new_critic(start.model, policy.fingerprint, shared))
     examples = labelled(
-        model, examples_of([table], policy.fingerprint), policy.fingerprint, folder.parent, config.batch_size
+        model,
+        examples_of([table], policy.fingerprint, process=config.process, process_scale=config.process_scale),
+        policy.fingerprint,
+        folder.parent,
+        config.batch_size,
     )
     say(f"DQO on {len(examples)} completions")
     scratch = folder.with_name(f"{folder.name}-checkpoints-{key[:12]}")

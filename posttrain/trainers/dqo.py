@@ -413,11 +413,13 @@ def labelled(
     for example, ref in zip(examples, flat.split(counts), strict=True):
         logprobs = ref.tolist()
         behaviour = example["behaviour_logprobs"]
+        rewards = list(example["process_rewards"] or [0.0] * len(logprobs))
+        rewards[-1] += example["reward"]
         found.append(
             {
                 "input_ids": example["input_ids"],
                 "first": example["first"],
-                "rewards": [*[0.0] * (len(logprobs) - 1), example["reward"]],
+                "rewards": rewards,
                 "ref_logprobs": logprobs,
                 "logprobs": logprobs if behaviour is None else behaviour,
             }
