@@ -32,6 +32,7 @@ from posttrain.objectives.dqo import (
 )
 from posttrain.provenance import hash_json, versions, write_json
 from posttrain.trainers.dqo_examples import Example
+from posttrain.trainers.dqo_metrics import measure
 
 ADAPTERS = "adapters.safetensors"  # of a checkpoint: all that is trained, where the rest is frozen
 REFERENCE_TOLERANCE = 1e-3  # nats per token, in float32: what kernels and batches may change
@@ -40,6 +41,7 @@ REFERENCE_TOLERANCE = 1e-3  # nats per token, in float32: what kernels and batch
 class Labelled(TypedDict):
     """A completion to learn from. input_ids: prompt and completion; first: index of the completion's first token; the rest
     is of the completion's tokens: rewards r_h, ref_logprobs log pi_ref, and logprobs log mu under the law that sampled them.
+    ended: the last of them is the end token.
     """
 
     input_ids: list[int]
@@ -47,6 +49,7 @@ class Labelled(TypedDict):
     rewards: list[float]
     ref_logprobs: list[float]
     logprobs: list[float]
+    ended: bool
 
 
 @dataclass
@@ -101,7 +104,7 @@ class DQOConfig(TrainingArguments):
 
 def collate(examples: Sequence[Labelled]) -> dict[str, Tensor]:
     """A right-padded batch, all [rows, time]: input_ids, attention_mask, `actions` (bool, the completions' tokens), and the
-    tokens' rewards and log-probabilities, NaN wherever there is none."""
+    tokens' rewards and log-probabilities, NaN wherever there is none; and `ended` [rows]."""
     rows = [torch.tensor(example["input_ids"]) for example in examples]
     lengths = torch.tensor([len(row) for row in rows])
     time = torch.arange(int(lengths.max()))
@@ -109,6 +112,7 @@ def collate(examples: Sequence[Labelled]) -> dict[str, Tensor]:
     batch = {
         "input_ids": pad_sequence(rows, batch_first=True),
         "attention_mask": (time < lengths[:, None]).long(),
+        "ended": torch.tensor([example["ended"] for example in examples]),
         "actions": (time >= first[:, None]) & (time < lengths[:, None]),
     }
     for name in ("rewards", "ref_logprobs", "logprobs"):
@@ -145,9 +149,7 @@ class DQOTrainer(Trainer):
     Under ZeRO-3 make the models before the arguments: once they are there, transformers shards whatever is loaded.
     Errors: UserError for adapters under ZeRO-3 or with dropout, and where only one model on shared weights has them.
 
-    What it logs, besides the losses: `log_ratio_right`, `log_ratio_wrong` (sums over completions whose rewards add up to more
-    than half, or not), `value_first` and `return` (V of the prompt against what came of it), `explained_variance`,
-    `weight` and `weight_capped` (mean, and share at the cap), `ess` (effective sample size over sample size), `kl`.
+    What it logs, besides the losses: `dqo_metrics.measure`, means over batches and ranks.
     """
 
     def __init__(
@@ -229,7 +231,8 @@ class DQOTrainer(Trainer):
         of_policy = policy_loss(
             logprobs, ref, values, rewards, returns, mask, args.beta, *shared, args.full_gradient, num_items_in_batch
         )
-        self._measure(logprobs.detach(), ref, values.detach(), rewards, returns.detach(), mask, weights)
+        found_here = (logprobs, ref, values, rewards, returns, mask, inputs["ended"], weights, args.importance_cap)
+        self._measured.append(measure(*found_here))
         warm = self.state.global_step >= args.critic_warmup_steps
         loss = of_values + (of_policy if warm else 0 * of_policy)
         if num_items_in_batch is not None:
@@ -248,37 +251,6 @@ class DQOTrainer(Trainer):
                 "them anew with this model, in this precision"
             )
         self._checked = True
-
-    @torch.no_grad()
-    def _measure(
-        self,
-        logprobs: Tensor,
-        ref: Tensor,
-        values: Tensor,
-        rewards: Tensor,
-        returns: Tensor,
-        mask: Tensor,
-        weights: Any,
-    ) -> None:
-        log_ratio = (logprobs - ref).masked_fill(~mask, 0).sum(-1)
-        outcome = rewards.masked_fill(~mask, 0).sum(-1)
-        right = outcome > 0.5
-        first = mask.int().argmax(-1, keepdim=True)
-        errors = (returns - values)[mask]
-        spread = returns[mask].var(correction=0)
-        measured = {
-            "log_ratio_right": log_ratio[right].mean() if right.any() else torch.tensor(math.nan),
-            "log_ratio_wrong": log_ratio[~right].mean() if (~right).any() else torch.tensor(math.nan),
-            "value_first": values.gather(1, first).mean(),
-            "return": returns.gather(1, first).mean(),
-            "explained_variance": 1 - errors.var(correction=0) / spread if spread > 0 else torch.tensor(math.nan),
-        }
-        if weights is not None:
-            cap = self.args.importance_cap
-            measured["weight"] = weights.mean()
-            measured["weight_capped"] = (weights >= cap * (1 - 1e-6)).float().mean()
-            measured["ess"] = weights.sum().square() / weights.square().sum() / len(weights)
-        self._measured.append({name: float(value) for name, value in measured.items()})
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """With the mean, over ranks too, of what was measured since the last time."""
@@ -422,6 +394,7 @@ def labelled(
                 "rewards": rewards,
                 "ref_logprobs": logprobs,
                 "logprobs": logprobs if behaviour is None else behaviour,
+                "ended": not example["truncated"],
             }
         )
     return found
@@ -447,4 +420,11 @@ def reference_logprobs(model: ActorCritic, examples: Sequence[Any], batch_size: 
 
 def _unlabelled(ids: list[int], first: int) -> Labelled:
     zeros = [0.0] * (len(ids) - first)
-    return {"input_ids": ids, "first": first, "rewards": zeros, "ref_logprobs": zeros, "logprobs": zeros}
+    return {
+        "input_ids": ids,
+        "first": first,
+        "rewards": zeros,
+        "ref_logprobs": zeros,
+        "logprobs": zeros,
+        "ended": False,
+    }
