@@ -23,9 +23,13 @@ class ActorCritic(nn.Module):
         """The policy's: what transformers' Trainer and DeepSpeed read sizes from."""
         return self.policy.config
 
-    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
+        kwargs = {
+            "use_reentrant": False,
+            **(gradient_checkpointing_kwargs or {}),
+        }  # a frozen base's inputs need no gradient
         for model in (self.policy, self.critic.backbone):
-            model.gradient_checkpointing_enable(**kwargs)
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
     def forward(
         self,
@@ -56,8 +60,12 @@ def decoder(policy: Any) -> Any:
     return (policy.get_base_model() if hasattr(policy, "get_base_model") else policy).get_decoder()
 
 
-def new_critic(policy: Any, reference: str) -> ValueModel:
-    """V = 0 everywhere, in float32, its backbone a copy of the policy's own. reference: the starting policy's fingerprint."""
+def new_critic(policy: Any, reference: str, shared: bool = False) -> ValueModel:
+    """V = 0 everywhere, in float32, its backbone a copy of the policy's own. reference: the starting policy's fingerprint.
+
+    shared: the backbone is made of modules of its own on the policy's very weights, which take no second place in memory:
+    for adapters on each of them. No adapter is ever switched, so a backward sees those that its forward saw.
+    """
     body = policy.get_decoder()
     config = ValueModelConfig(
         backbone=copy.deepcopy(body.config),
@@ -69,6 +77,20 @@ def new_critic(policy: Any, reference: str) -> ValueModel:
     )
     with torch.random.fork_rng(devices=[]):
         critic = ValueModel(config).to(policy.device)
-    critic.backbone.load_state_dict(body.state_dict())
+    if shared:
+        weights = (*body.parameters(), *body.buffers())
+        critic.backbone = copy.deepcopy(body, {id(weight): weight for weight in weights})
+    else:
+        critic.backbone.load_state_dict(body.state_dict())
     critic.zero_head()
     return critic
+
+
+def merged(model: Any) -> Any:
+    """A policy or value model without adapters: a copy that they are merged into, or itself where it has none."""
+    if hasattr(model, "merge_and_unload"):
+        return copy.deepcopy(model).merge_and_unload()
+    if hasattr(getattr(model, "backbone", None), "merge_and_unload"):
+        model = copy.deepcopy(model)
+        model.backbone = model.backbone.merge_and_unload()
+    return model

@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from posttrain.models.load import Policy, load_model
 from posttrain.pipelines import baselines
 from posttrain.pipelines.baselines import Baseline
 from posttrain.pipelines.rollout import RolloutConfig, check_overlap, lengths_by_verdict, rollout
+from posttrain.pipelines.value_training import last_checkpoint
 from posttrain.provenance import hash_json, plain, versions, write_json
 from posttrain.rollouts.collect import reserved
 from posttrain.rollouts.engine import Sampling
@@ -46,6 +47,11 @@ class DQOTraining:
     importance_cap: float | None = field(default=math.e, metadata={"help": "cap of a completion's weight pi / mu"})
     normalisation: Literal["token", "seq"] = field(default="token", metadata={"help": "what a loss is a mean over"})
     full_gradient: bool = field(default=False, metadata={"help": "differentiate the returns too"})
+    process: Literal["additive", "shaping"] = field(
+        default="additive",
+        metadata={"help": "what scores of steps are, where the table has any: rewards, or a potential"},
+    )
+    process_scale: float = field(default=1.0, metadata={"help": "of those scores"})
     learning_rate: float = field(default=3e-4, metadata={"help": "of the policy, AdamW"})
     value_learning_rate: float = field(default=1e-3, metadata={"help": "of the value model"})
     critic_warmup_steps: int = field(default=10, metadata={"help": "steps in which only the value model learns"})
@@ -54,6 +60,16 @@ class DQOTraining:
     accumulation: int = field(default=1, metadata={"help": "forwards per step"})
     bf16: bool = field(default=False, metadata={"help": "bfloat16 forward; weights stay float32"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory, a second forward"})
+    lora_rank: int | None = field(default=None, metadata={"help": "LoRA on the policy; default: full fine-tuning"})
+    value_lora_rank: int | None = field(
+        default=None, metadata={"help": "LoRA on the value model; with lora_rank on the same frozen base"}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("lora_rank", "value_lora_rank"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"{name}: must be positive, got {value}; leave it out for full fine-tuning")
 
     def __post_init__(self) -> None:
         for name in ("beta", "importance_cap", "learning_rate", "value_learning_rate", "epochs"):
@@ -176,21 +192,25 @@ def train(
             )
         return made
     from transformers import PrinterCallback  # with the trainer below, seconds of import
-    from transformers.trainer_utils import get_last_checkpoint
 
     from posttrain.trainers.dqo import DQOConfig, DQOTrainer, labelled
     from posttrain.trainers.dqo_examples import examples_of
 
     started = time.perf_counter()
+    shared = None not in (config.lora_rank, config.value_lora_rank)
     start = load_model(policy.name, str(policy.model.device), "float32")
-    model = ActorCritic(start.model, new_critic(start.model, policy.fingerprint))
+    model = ActorCritic(start.model, new_critic(start.model, policy.fingerprint, shared))
     examples = labelled(
-        model, examples_of([table], policy.fingerprint), policy.fingerprint, folder.parent, config.batch_size
+        model,
+        examples_of([table], policy.fingerprint, process=config.process, process_scale=config.process_scale),
+        policy.fingerprint,
+        folder.parent,
+        config.batch_size,
     )
     say(f"DQO on {len(examples)} completions")
     scratch = folder.with_name(f"{folder.name}-checkpoints-{key[:12]}")
     arguments = {
-        name: value for name, value in plain(config).items() if name not in ("epochs", "batch_size", "accumulation")
+        name: value for name, value in plain(config).items() if name in {field.name for field in fields(DQOConfig)}
     }
     trainer = DQOTrainer(
         model,
@@ -209,9 +229,11 @@ def train(
         ),
         examples,
         processing_class=policy.tokenizer,
+        peft_config=_lora(config.lora_rank),
+        value_peft_config=_lora(config.value_lora_rank),
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(scratch)) if scratch.is_dir() else None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
     trainer.save(folder)
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     made = {
@@ -227,6 +249,14 @@ def train(
     write_json(folder / MADE_BY, made)
     shutil.rmtree(scratch, ignore_errors=True)
     return made
+
+
+def _lora(rank: int | None) -> Any:
+    if rank is None:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
 
 
 def publish(result: DQORun, title: str, lead: str) -> None:

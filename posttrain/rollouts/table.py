@@ -46,6 +46,10 @@ SCHEMA = pa.schema(
         ("beta", pa.float64()),  # KL coefficient of the guidance; null without
         ("kl", pa.float64()),  # nats: sum over completion tokens of KL(guided law || reference); 0 without guidance
         ("log_ratio", pa.float64()),  # nats: of the sampled tokens, under the law really sampled from
+        (
+            "process_rewards",  # of steps: index of the last token in completion_ids, and its score; null: none
+            pa.list_(pa.struct([("token", pa.int32()), ("reward", pa.float64())])),
+        ),
         ("cut", pa.int32()),  # tokens before this index were rolled in by another policy; 0: none
         (
             "sampling",
@@ -62,8 +66,8 @@ SCHEMA = pa.schema(
     ]
 )
 MANIFEST = "manifest.json"
-# What an unguided completion has in columns that a table of somebody else's making may lack.
-UNGUIDED = {"guide": None, "beta": None, "kl": 0.0, "log_ratio": 0.0, "cut": 0}
+# What a plain completion has in columns that a table of somebody else's making may lack.
+UNGUIDED = {"guide": None, "beta": None, "kl": 0.0, "log_ratio": 0.0, "cut": 0, "process_rewards": None}
 
 
 def shard_name(index: int) -> str:

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from posttrain.errors import UserError
-from posttrain.models.actor_critic import ActorCritic
+from posttrain.models.actor_critic import ActorCritic, merged
 from posttrain.objectives.dqo import (
     importance_weights,
     kl_rewards,
@@ -32,13 +32,16 @@ from posttrain.objectives.dqo import (
 )
 from posttrain.provenance import hash_json, versions, write_json
 from posttrain.trainers.dqo_examples import Example
+from posttrain.trainers.dqo_metrics import measure
 
+ADAPTERS = "adapters.safetensors"  # of a checkpoint: all that is trained, where the rest is frozen
 REFERENCE_TOLERANCE = 1e-3  # nats per token, in float32: what kernels and batches may change
 
 
 class Labelled(TypedDict):
     """A completion to learn from. input_ids: prompt and completion; first: index of the completion's first token; the rest
     is of the completion's tokens: rewards r_h, ref_logprobs log pi_ref, and logprobs log mu under the law that sampled them.
+    ended: the last of them is the end token.
     """
 
     input_ids: list[int]
@@ -46,6 +49,7 @@ class Labelled(TypedDict):
     rewards: list[float]
     ref_logprobs: list[float]
     logprobs: list[float]
+    ended: bool
 
 
 @dataclass
@@ -100,7 +104,7 @@ class DQOConfig(TrainingArguments):
 
 def collate(examples: Sequence[Labelled]) -> dict[str, Tensor]:
     """A right-padded batch, all [rows, time]: input_ids, attention_mask, `actions` (bool, the completions' tokens), and the
-    tokens' rewards and log-probabilities, NaN wherever there is none."""
+    tokens' rewards and log-probabilities, NaN wherever there is none; and `ended` [rows]."""
     rows = [torch.tensor(example["input_ids"]) for example in examples]
     lengths = torch.tensor([len(row) for row in rows])
     time = torch.arange(int(lengths.max()))
@@ -108,6 +112,7 @@ def collate(examples: Sequence[Labelled]) -> dict[str, Tensor]:
     batch = {
         "input_ids": pad_sequence(rows, batch_first=True),
         "attention_mask": (time < lengths[:, None]).long(),
+        "ended": torch.tensor([example["ended"] for example in examples]),
         "actions": (time >= first[:, None]) & (time < lengths[:, None]),
     }
     for name in ("rewards", "ref_logprobs", "logprobs"):
@@ -138,9 +143,13 @@ class EpochOrder(Sampler):
 class DQOTrainer(Trainer):
     """train_dataset: completions as `Labelled`, their reference log-probabilities computed by `reference_logprobs`.
 
-    What it logs, besides the losses: `log_ratio_right`, `log_ratio_wrong` (sums over completions whose rewards add up to more
-    than half, or not), `value_first` and `return` (V of the prompt against what came of it), `explained_variance`,
-    `weight` and `weight_capped` (mean, and share at the cap), `ess` (effective sample size over sample size), `kl`.
+    peft_config, value_peft_config: LoRA on the policy, and on the value model's backbone, instead of full fine-tuning; compute
+    the reference log-probabilities first, from the policy without adapters. `save` merges them. With both, the value model
+    may stand on the policy's own weights (`new_critic(..., shared=True)`).
+    Under ZeRO-3 make the models before the arguments: once they are there, transformers shards whatever is loaded.
+    Errors: UserError for adapters under ZeRO-3 or with dropout, and where only one model on shared weights has them.
+
+    What it logs, besides the losses: `dqo_metrics.measure`, means over batches and ranks.
     """
 
     def __init__(
@@ -150,7 +159,10 @@ class DQOTrainer(Trainer):
         train_dataset: Sequence[Labelled],
         processing_class: Any = None,
         callbacks: list[TrainerCallback] | None = None,
+        peft_config: Any = None,
+        value_peft_config: Any = None,
     ) -> None:
+        _adapt(model, peft_config, value_peft_config, args.seed)
         super().__init__(
             model=model,
             args=args,
@@ -219,7 +231,8 @@ class DQOTrainer(Trainer):
         of_policy = policy_loss(
             logprobs, ref, values, rewards, returns, mask, args.beta, *shared, args.full_gradient, num_items_in_batch
         )
-        self._measure(logprobs.detach(), ref, values.detach(), rewards, returns.detach(), mask, weights)
+        found_here = (logprobs, ref, values, rewards, returns, mask, inputs["ended"], weights, args.importance_cap)
+        self._measured.append(measure(*found_here))
         warm = self.state.global_step >= args.critic_warmup_steps
         loss = of_values + (of_policy if warm else 0 * of_policy)
         if num_items_in_batch is not None:
@@ -239,37 +252,6 @@ class DQOTrainer(Trainer):
             )
         self._checked = True
 
-    @torch.no_grad()
-    def _measure(
-        self,
-        logprobs: Tensor,
-        ref: Tensor,
-        values: Tensor,
-        rewards: Tensor,
-        returns: Tensor,
-        mask: Tensor,
-        weights: Any,
-    ) -> None:
-        log_ratio = (logprobs - ref).masked_fill(~mask, 0).sum(-1)
-        outcome = rewards.masked_fill(~mask, 0).sum(-1)
-        right = outcome > 0.5
-        first = mask.int().argmax(-1, keepdim=True)
-        errors = (returns - values)[mask]
-        spread = returns[mask].var(correction=0)
-        measured = {
-            "log_ratio_right": log_ratio[right].mean() if right.any() else torch.tensor(math.nan),
-            "log_ratio_wrong": log_ratio[~right].mean() if (~right).any() else torch.tensor(math.nan),
-            "value_first": values.gather(1, first).mean(),
-            "return": returns.gather(1, first).mean(),
-            "explained_variance": 1 - errors.var(correction=0) / spread if spread > 0 else torch.tensor(math.nan),
-        }
-        if weights is not None:
-            cap = self.args.importance_cap
-            measured["weight"] = weights.mean()
-            measured["weight_capped"] = (weights >= cap * (1 - 1e-6)).float().mean()
-            measured["ess"] = weights.sum().square() / weights.square().sum() / len(weights)
-        self._measured.append({name: float(value) for name, value in measured.items()})
-
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """With the mean, over ranks too, of what was measured since the last time."""
         if self._measured and "loss" in logs:
@@ -282,17 +264,34 @@ class DQOTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """A folder of the weights as they are now, of all ranks together; call it on all of them."""
-        weights = None
-        if is_deepspeed_zero3_enabled():  # whether or not the launcher thought of saving
-            weights = self.model_wrapped._zero3_consolidated_16bit_state_dict()
-        if self.args.should_save:
-            self._save(output_dir, weights)
+        """A folder of the weights as they are now, of all ranks together; call it on all of them. Inside a checkpoint a
+        frozen base is left out."""
+        if not _internal_call or not self._frozen():
+            self._save(output_dir, self._gathered())
+        elif self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(
+                {name: weight.detach().contiguous() for name, weight in self._trained().items()}, folder / ADAPTERS
+            )
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
+    def _trained(self) -> dict[str, Tensor]:
+        model = self.accelerator.unwrap_model(self.model)
+        return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+    def _frozen(self) -> bool:
+        return not all(weight.requires_grad for weight in self.accelerator.unwrap_model(self.model).parameters())
+
+    def _gathered(self) -> dict[str, Tensor] | None:
+        """All weights, where a rank has but a part of them: whether or not the launcher thought of saving."""
+        return self.model_wrapped._zero3_consolidated_16bit_state_dict() if is_deepspeed_zero3_enabled() else None
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """A checkpoint: the policy in the folder itself, the value model in `critic`, safetensors both."""
+        """The policy in the folder itself, the value model in `critic`, adapters merged, safetensors both."""
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.args.output_dir)
         model = self.accelerator.unwrap_model(self.model)
         parts = ((folder, model.policy, "policy."), (folder / "critic", model.critic, "critic."))
@@ -302,13 +301,19 @@ class DQOTrainer(Trainer):
                 own = {
                     name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)
                 }
-            part.save_pretrained(place, state_dict=own)
+            merged(part).save_pretrained(place, state_dict=own)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         model = self.accelerator.unwrap_model(model or self.model)
         folder = Path(resume_from_checkpoint)
+        if self._frozen():
+            weights = load_file(folder / ADAPTERS) if (folder / ADAPTERS).is_file() else {}
+            if weights.keys() != self._trained().keys():
+                raise UserError(f"resume_from_checkpoint: {folder} is not a checkpoint of these adapters")
+            model.load_state_dict(weights, strict=False)
+            return
         for place, part in ((folder, model.policy), (folder / "critic", model.critic)):
             weights = {
                 name: value
@@ -325,7 +330,7 @@ class DQOTrainer(Trainer):
     def save(self, folder: str | Path) -> None:
         """The policy as an ordinary folder, with its value model in `critic` and what made it in `training.json`; call it on
         all ranks."""
-        self.save_model(str(folder), _internal_call=True)
+        self._save(str(folder), self._gathered())
         if not self.args.should_save:
             return
         arguments = {
@@ -333,6 +338,28 @@ class DQOTrainer(Trainer):
         }
         log = [{name: value for name, value in entry.items() if value == value} for entry in self.state.log_history]
         write_json(Path(folder) / "training.json", {"versions": versions(), "arguments": arguments, "log": log})
+
+
+def _adapt(model: ActorCritic, peft_config: Any, value_peft_config: Any, seed: int) -> None:
+    given = {"peft_config": peft_config, "value_peft_config": value_peft_config}
+    for name, config in given.items():
+        if config is not None and is_deepspeed_zero3_enabled():
+            raise UserError(f"{name}: adapters cannot be merged under ZeRO-3; use ZeRO-2")
+        if getattr(config, "lora_dropout", 0):
+            raise UserError(f"{name}: lora_dropout must be 0, got {config.lora_dropout}; it makes the log-ratios noise")
+    theirs = set(map(id, model.policy.parameters()))
+    if None in given.values() and any(id(weight) in theirs for weight in model.critic.backbone.parameters()):
+        name = next(name for name, config in given.items() if config is None)
+        raise UserError(f"{name}: policy and value model have the same weights, so that each needs adapters of its own")
+    if peft_config is None and value_peft_config is None:
+        return
+    from peft import get_peft_model
+
+    set_seed(seed)
+    if peft_config is not None:
+        model.policy = get_peft_model(model.policy, peft_config)
+    if value_peft_config is not None:
+        model.critic.backbone = get_peft_model(model.critic.backbone, value_peft_config)
 
 
 def labelled(
@@ -358,13 +385,16 @@ def labelled(
     for example, ref in zip(examples, flat.split(counts), strict=True):
         logprobs = ref.tolist()
         behaviour = example["behaviour_logprobs"]
+        rewards = list(example["process_rewards"] or [0.0] * len(logprobs))
+        rewards[-1] += example["reward"]
         found.append(
             {
                 "input_ids": example["input_ids"],
                 "first": example["first"],
-                "rewards": [*[0.0] * (len(logprobs) - 1), example["reward"]],
+                "rewards": rewards,
                 "ref_logprobs": logprobs,
                 "logprobs": logprobs if behaviour is None else behaviour,
+                "ended": not example["truncated"],
             }
         )
     return found
@@ -390,4 +420,11 @@ def reference_logprobs(model: ActorCritic, examples: Sequence[Any], batch_size: 
 
 def _unlabelled(ids: list[int], first: int) -> Labelled:
     zeros = [0.0] * (len(ids) - first)
-    return {"input_ids": ids, "first": first, "rewards": zeros, "ref_logprobs": zeros, "logprobs": zeros}
+    return {
+        "input_ids": ids,
+        "first": first,
+        "rewards": zeros,
+        "ref_logprobs": zeros,
+        "logprobs": zeros,
+        "ended": False,
+    }

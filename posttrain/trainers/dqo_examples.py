@@ -5,14 +5,17 @@ from collections.abc import Sequence
 from typing import Any, Literal, TypedDict
 
 from posttrain.errors import UserError
+from posttrain.objectives.dqo import token_rewards
 from posttrain.rollouts.table import RolloutTable
 
 Truncated = Literal["keep", "drop"]
+Process = Literal["additive", "shaping"]
 
 
 class Example(TypedDict):
     """input_ids: prompt and completion; first: index in them of the completion's first token; reward: paid on its last.
 
+    process_rewards: of the completion's tokens, to be added to that one; None where no step has any.
     behaviour_logprobs: log mu of the completion's tokens; None where the reference itself sampled them, whose
     log-probabilities are then those that the trainer computes. truncated: cut at a length, without an end token.
     """
@@ -20,23 +23,36 @@ class Example(TypedDict):
     input_ids: list[int]
     first: int
     reward: float
+    process_rewards: list[float] | None
     behaviour_logprobs: list[float] | None
     truncated: bool
     prompt_id: str
 
 
-def examples_of(tables: Sequence[RolloutTable], reference: str, truncated: Truncated = "keep") -> list[Example]:
+def examples_of(
+    tables: Sequence[RolloutTable],
+    reference: str,
+    truncated: Truncated = "keep",
+    process: Process = "additive",
+    process_scale: float = 1.0,
+) -> list[Example]:
     """Every completion of the tables that has tokens, in their order.
 
     reference: fingerprint of pi_ref. truncated: `keep` completions that were cut at a length, with no reward above 0
-    (nobody knows how they would have ended), or `drop` them.
+    (nobody knows how they would have ended), or `drop` them. process, process_scale: what the steps' scores are, times what
+    (`objectives.dqo.token_rewards`).
 
     Errors: UserError naming `reward` where it is not a finite number; `prompt_ids` and `completion_ids` where they are
-    missing or hold each other; `logprobs` where they do not fit the completion, or are missing and another law than the
-    reference sampled it; `table` when nothing is left; `truncated` for another choice.
+    missing or hold each other; `process_rewards` for a token that is not there or has two potentials, and for what is not
+    finite; `logprobs` where they do not fit the completion, or are missing and another law than the reference sampled it;
+    `table` when nothing is left; `truncated`, `process` and `process_scale` for another choice.
     """
     if truncated not in ("keep", "drop"):
         raise UserError(f"truncated: must be 'keep' or 'drop', got {truncated!r}")
+    if process not in ("additive", "shaping"):
+        raise UserError(f"process: must be 'additive' or 'shaping', got {process!r}")
+    if not math.isfinite(process_scale):
+        raise UserError(f"process_scale: must be a finite number, got {process_scale}")
     examples: list[Example] = []
     for table in tables:
         rows = [row for row in table.rows() if _has_tokens(row, f"row {row['prompt_id']!r} of {table.folder}")]
@@ -51,6 +67,7 @@ def examples_of(tables: Sequence[RolloutTable], reference: str, truncated: Trunc
                     "input_ids": [*row["prompt_ids"], *row["completion_ids"]],
                     "first": len(row["prompt_ids"]),
                     "reward": min(reward, 0.0) if cut_off else reward,
+                    "process_rewards": _process_rewards(row, process, process_scale, where),
                     "behaviour_logprobs": _behaviour_logprobs(row, reference, where),
                     "truncated": cut_off,
                     "prompt_id": row["prompt_id"],
@@ -93,6 +110,18 @@ def _reward(row: dict[str, Any], where: str) -> float:
     if reward is None or not math.isfinite(reward):
         raise UserError(f"reward: {where} has {reward}; every completion needs a finite number")
     return reward
+
+
+def _process_rewards(row: dict[str, Any], process: Process, scale: float, where: str) -> list[float] | None:
+    if not row["process_rewards"]:
+        return None
+    scores = [(step["token"], step["reward"]) for step in row["process_rewards"]]
+    if any(token is None or reward is None or not math.isfinite(reward) for token, reward in scores):
+        raise UserError(f"process_rewards: {where} has one that is not a token and a finite number")
+    try:
+        return token_rewards(0.0, len(row["completion_ids"]), scores, process, scale).tolist()
+    except ValueError as error:
+        raise UserError(f"process_rewards: {where}: {str(error).removeprefix('scores: ')}") from None
 
 
 def _behaviour_logprobs(row: dict[str, Any], reference: str, where: str) -> list[float] | None:

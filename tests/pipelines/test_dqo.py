@@ -4,13 +4,16 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 import transformers
 
 from posttrain.config import build, read_yaml
 from posttrain.errors import UserError
+from posttrain.models.load import load_model
 from posttrain.pipelines import dqo
 from posttrain.pipelines.dqo import DQORunConfig, DQOTraining, run
 from posttrain.rollouts.collect import reserved
+from posttrain.rollouts.table import read_table
 
 SMALL = DQORunConfig(
     out="",
@@ -37,6 +40,23 @@ def test_the_policy_is_trained_and_measured(finished):
     dqo.publish(result, "a title", "a lead")
     summary = json.loads((out / "summary.json").read_text())
     assert summary["arms"]["dqo"]["accuracy"] == result.arms["dqo"].accuracy
+
+
+def test_adapters_are_merged_into_the_policy(finished, tmp_path):
+    out, _ = finished
+    policy, table = load_model("tiny", "cpu", "float32"), read_table(out / "train")
+    settings = DQOTraining(batch_size=8, critic_warmup_steps=0, learning_rate=1e-2, lora_rank=2, value_lora_rank=2)
+    dqo.train(policy, table, settings, tmp_path / "policy", say=lambda _: None)
+    trained = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "policy").state_dict()
+    before = policy.model.state_dict()
+    assert trained.keys() == before.keys()
+    assert any(not torch.equal(weight, before[name]) for name, weight in trained.items())
+
+
+@pytest.mark.parametrize("name", ["lora_rank", "value_lora_rank"])
+def test_a_rank_is_positive(name):
+    with pytest.raises(UserError, match=f"{name}: must be positive, got 0"):
+        DQOTraining(**{name: 0})
 
 
 def test_everything_is_kept(finished):

@@ -39,6 +39,7 @@ def make_row(group, sample, **changes):
         "beta": None,
         "kl": 0.0,
         "log_ratio": 0.0,
+        "process_rewards": [{"token": 1, "reward": 0.5}] if sample else None,
         "cut": 0,
         "sampling": {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_tokens": 8, "seed": 2**62},
     }

@@ -31,6 +31,7 @@ def examples() -> list[dict]:
             "input_ids": torch.randint(2, 101, (3 + i % 3 + 1 + 5 * i % 11,), generator=generator).tolist(),
             "first": 3 + i % 3,
             "reward": float(i % 2),
+            "process_rewards": None,
             "behaviour_logprobs": None,
             "truncated": False,
             "prompt_id": str(i),

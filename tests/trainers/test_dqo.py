@@ -28,6 +28,7 @@ def examples(count=8):
                 "input_ids": ids,
                 "first": first,
                 "reward": float(i % 2),
+                "process_rewards": None,
                 "behaviour_logprobs": None if i % 3 else [-3.0] * length,
                 "truncated": False,
                 "prompt_id": str(i),
@@ -139,6 +140,14 @@ def test_a_reference_of_another_model_is_refused_before_the_first_step(tmp_path)
     data[0]["ref_logprobs"][0] += 0.01
     with pytest.raises(UserError, match="ref_logprobs: a token's differs by 0.01"):
         DQOTrainer(model, arguments(tmp_path / "run"), data).train()
+
+
+def test_process_rewards_are_added_to_the_outcome(tmp_path):
+    made = examples(2)
+    made[1]["process_rewards"] = [0.25] * (len(made[1]["input_ids"]) - made[1]["first"])
+    plain, scored = labelled(actor_critic(), made, "reference", tmp_path)
+    assert not any(plain["rewards"])
+    assert scored["rewards"] == [*made[1]["process_rewards"][:-1], 1.25]
 
 
 def test_reference_log_probabilities_are_kept(tmp_path, monkeypatch):

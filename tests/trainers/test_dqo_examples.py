@@ -59,6 +59,7 @@ def test_examples_of_several_tables_keep_their_order(table):
             "input_ids": [11, 12, *ids],
             "first": 2,
             "reward": reward,
+            "process_rewards": None,
             "behaviour_logprobs": None,
             "truncated": False,
             "prompt_id": prompt_id,
@@ -99,6 +100,51 @@ def test_truncated_completions_can_be_dropped(table):
 def test_what_to_do_with_them_is_named(table):
     with pytest.raises(UserError, match="truncated: must be 'keep' or 'drop', got 'zero'"):
         examples_of([table(row([3, 2], 1.0))], "f", truncated="zero")
+
+
+# -- process rewards
+
+
+def steps(*scores):
+    return {"process_rewards": [{"token": token, "reward": reward} for token, reward in scores]}
+
+
+def test_scores_are_paid_at_their_tokens(table):
+    found = examples_of([table(row([3, 4, 5, 2], 1.0, **steps((0, 0.5), (2, 0.25))))], "f", process_scale=2.0)
+    assert found[0]["reward"] == 1.0
+    assert found[0]["process_rewards"] == [1.0, 0.0, 0.5, 0.0]
+
+
+def test_potentials_are_paid_back(table):
+    found = examples_of([table(row([3, 4, 5, 2], 1.0, **steps((0, 0.5), (2, 0.25))))], "f", process="shaping")
+    assert found[0]["process_rewards"] == [0.5, 0.0, -0.25, -0.25]
+
+
+def test_steps_without_a_score_have_no_reward(table):
+    found = examples_of([table(row([3, 2], 1.0, **steps()), row([4, 2], 1.0))], "f", process="shaping")
+    assert [example["process_rewards"] for example in found] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ([(2, 1.0)], "process_rewards: row 'a' of .*: token 2 is not in a completion of 2 tokens"),
+        ([(-1, 1.0)], "process_rewards: row 'a' of .*: token -1 is not in"),
+        ([(0, 1.0), (0, 0.5)], "process_rewards: row 'a' of .*: token 0 has two potentials"),
+        ([(0, NAN)], "process_rewards: row 'a' of .* not a token and a finite number"),
+        ([(None, 1.0)], "process_rewards: row 'a' of .* not a token and a finite number"),
+    ],
+)
+def test_scores_that_cannot_be_paid_are_refused(table, scores, message):
+    with pytest.raises(UserError, match=message):
+        examples_of([table(row([3, 2], 1.0, **steps(*scores)))], "f", process="shaping")
+
+
+def test_what_scores_are_is_named(table):
+    with pytest.raises(UserError, match="process: must be 'additive' or 'shaping', got 'potential'"):
+        examples_of([table(row([3, 2], 1.0))], "f", process="potential")
+    with pytest.raises(UserError, match="process_scale: must be a finite number, got inf"):
+        examples_of([table(row([3, 2], 1.0))], "f", process_scale=INF)
 
 
 # -- the law that sampled them
