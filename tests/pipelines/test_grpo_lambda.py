@@ -4,7 +4,9 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 import transformers
+from safetensors.torch import load_file
 
 from posttrain.cli.main import main
 from posttrain.config import build, read_yaml
@@ -81,6 +83,32 @@ def test_a_policy_of_other_settings_is_not_overwritten(finished):
     other = replace(SMALL, out=str(out), training=replace(SMALL.training, alpha=0.5))
     with pytest.raises(UserError, match="out: .*grpo was trained on other problems or with other settings"):
         run(other, say=silent)
+
+
+@pytest.mark.slow
+def test_an_interrupted_training_continues_from_its_checkpoint_to_the_same_policy(tmp_path, monkeypatch):
+    config = replace(
+        SMALL,
+        arms=("grpo_lambda",),
+        validation_prompts=0,
+        training=replace(SMALL.training, steps=3, lora_rank=0, trl={"save_steps": 1}),
+    )
+    calls = []
+
+    def interrupted(completions, answer, **_):
+        calls.append(len(completions))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return correctness(completions, answer)
+
+    run(replace(config, out=str(tmp_path / "whole")), say=silent)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(grpo_lambda, "correctness", interrupted)
+        run(replace(config, out=str(tmp_path / "parts")), say=silent)
+    again = run(replace(config, out=str(tmp_path / "parts")), say=silent)
+    assert again.training["grpo_lambda"]["log"][0]["step"] == 1
+    whole, parts = (load_file(tmp_path / name / "grpo_lambda" / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
 
 
 def test_the_reward_grades_the_answer():
