@@ -14,6 +14,7 @@ import json
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -227,15 +228,18 @@ def train(
     )
     scratch = folder.with_name(f"{folder.name}-checkpoints-{key[:12]}")
     start = load_model(policy.name, str(policy.model.device), "float32")
-    trainer = GRPOLambdaTrainer(
-        start.model,
-        correctness,
-        _arguments(config, arm, scratch, policy),
-        train_set,
-        eval_set if held_out else None,
-        processing_class=start.tokenizer,
-        peft_config=_adapter(config.training),
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You are using 'rollout_func'")
+        trainer = GRPOLambdaTrainer(
+            start.model,
+            correctness,
+            _arguments(config, arm, scratch, policy),
+            train_set,
+            eval_set if held_out else None,
+            processing_class=start.tokenizer,
+            peft_config=_adapter(config.training),
+            rollout_func=_rollouts(config, policy),
+        )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(scratch)) if scratch.is_dir() else None)
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -333,6 +337,15 @@ def _arguments(config: GRPOLambdaRunConfig, arm: str, folder: Path, policy: Poli
         return GRPOLambdaConfig(**{**quiet, **saving, **own, **settings.trl})
     except (ValueError, TypeError) as error:
         raise UserError(f"training: {' '.join(str(error).split())}") from None
+
+
+def _rollouts(config: GRPOLambdaRunConfig, policy: Policy) -> Any:
+    """Our engine on CPU; elsewhere, and with vLLM, TRL's own ways."""
+    if policy.model.device.type != "cpu" or config.training.trl.get("use_vllm"):
+        return None
+    from posttrain.trainers.engine_rollouts import engine_rollouts
+
+    return engine_rollouts(config.slots)
 
 
 def _adapter(config: GRPOLambdaTraining) -> Any:
