@@ -6,7 +6,8 @@
     ARM-test/         its rollout table on the same problems
     summary.json, report.html
 
-What is finished is not made again; an interrupted training continues from its last checkpoint.
+What is finished is not made again; an interrupted training continues from its last checkpoint, during the first pass over
+the problems as if it had not been interrupted (later, TRL draws another order of them). One process only.
 """
 
 import dataclasses

@@ -94,7 +94,8 @@ class GRPOLambdaTrainer(GRPOTrainer):
 
     What it logs, besides TRL's: `accuracy`; `reward_unshaped`, the weighted reward without the length term;
     `gate/alpha`, `gate/fraction` (of prompts gated), `gate/accuracy` (of theirs), `gate/negative_correct` (correct
-    completions per batch whose advantage is negative); `completions/mean_length_right`, `completions/mean_length_wrong`;
+    completions per batch whose advantage is negative; in a group that is all right, the long half always is);
+    `completions/mean_length_right`, `completions/mean_length_wrong`;
     `verifier_errors` per batch, and in the completions table what each was.
 
     Errors: UserError for a correctness_reward that is no reward function, a reward function that returns the wrong number
