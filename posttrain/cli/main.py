@@ -10,12 +10,13 @@ from posttrain import __version__
 from posttrain.errors import UserError, nearest
 
 LEAD = "Value-based post-training of language models: sample, grade, learn, guide, measure."
-# name -> one-line help; the module posttrain.cli.<name> holds add_arguments(parser) and run(args)
+# name -> one-line help; the module posttrain.cli.<name>, with _ for -, holds add_arguments(parser) and run(args)
 COMMANDS = {
     "rollout": "sample completions of a model, grade them, store them as a rollout table",
     "qprobe": "train a Q-Probe on a model's own samples and measure its re-ranking",
     "qsharp": "learn the law of the return, guide every token by it, measure what that buys",
     "dqo": "train a policy offline by soft actor-critic over tokens, and measure it",
+    "grpo-lambda": "train a policy online with a length penalty gated by accuracy, and measure it",
     "demo": "the whole path on the embedded model: sample, grade, learn, re-rank, measure, report",
     "eval": "measure a model on math benchmarks, with intervals; re-grade, report, compare",
     "grade": "is this answer right? and why",
@@ -68,7 +69,7 @@ def _dispatch(argv: list[str]) -> int:
     name = argv[0]
     if name not in COMMANDS:
         raise UserError(f"command: no command {name!r}{nearest(name, COMMANDS)}; one of {', '.join(COMMANDS)}")
-    module = importlib.import_module(f"posttrain.cli.{name}")
+    module = importlib.import_module(f"posttrain.cli.{name.replace('-', '_')}")
     parser = _Parser(
         prog=f"posttrain {name}",
         description=module.__doc__,

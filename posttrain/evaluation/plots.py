@@ -121,6 +121,17 @@ def frontier(laws: Mapping[str, Sequence[_Point]], base: float, base_interval: t
     return svg[0]
 
 
+def step_curves(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], label: str) -> str:
+    """A quantity against the training step: title -> (steps, values)."""
+    with _figure(label) as (axes, svg):
+        for (title, (steps, values)), line in zip(curves.items(), cycle(LINES), strict=False):
+            axes.plot(steps, values, label=title, color=line["color"], linestyle=line["linestyle"])
+        axes.set_xlabel("step")
+        axes.set_ylabel(label)
+        axes.legend(frameon=False, labelcolor=INK)
+    return svg[0]
+
+
 def length_histogram(lengths: Mapping[str, Sequence[int]]) -> str:
     """Completion lengths in tokens, by verdict."""
     longest = max((max(values) for values in lengths.values() if values), default=1)

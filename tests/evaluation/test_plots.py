@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from posttrain.evaluation.arms import Arm
-from posttrain.evaluation.plots import COLOURS, accuracy_curves, calibration, length_histogram, metric_curves
+from posttrain.evaluation.plots import (
+    COLOURS,
+    accuracy_curves,
+    calibration,
+    length_histogram,
+    metric_curves,
+    step_curves,
+)
 
 
 def outlines(svg, colour, filled=False):
@@ -31,6 +38,14 @@ def assert_drawn_at(pixels, values):
 
 def arm(name, *curve):
     return Arm(name, f"the {name}", np.array([0.0, 1.0]), 10, 1.0, curve)
+
+
+def test_step_curves_go_through_their_points():
+    curves = {"one": ([1, 2, 5], [0.5, 0.25, 1.0]), "two": ([2, 3, 4], [0.1, 0.6, 0.3])}
+    svg = step_curves(curves, "accuracy")
+    lines = [outlines(svg, colour)[0] for colour in COLOURS[:2]]
+    for axis in (0, 1):
+        assert_drawn_at([line[:, axis] for line in lines], [np.array(curve[axis]) for curve in curves.values()])
 
 
 def test_every_arm_with_a_curve_is_a_line_through_its_accuracies():

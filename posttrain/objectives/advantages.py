@@ -1,0 +1,36 @@
+"""Group-relative advantages of rewards [prompts, samples] (GRPO, arXiv 2402.03300; Dr. GRPO, arXiv 2503.20783)."""
+
+from typing import Literal
+
+from torch import Tensor
+
+Scale = Literal["group", "batch", "none"]
+
+
+def advantages(rewards: Tensor, scale: Scale = "none", eps: float = 1e-6, correction: int = 0) -> Tensor:
+    """A = (r - mean of its group) / (s + eps), [prompts, samples].
+
+    scale: s is the group's standard deviation, the whole batch's (rows of all ranks), or, Dr. GRPO, nothing is divided.
+    correction: 0 for population deviations, 1 for those of samples (TRL, which adds 1e-4). A reward of NaN was not
+    scored: it enters no mean, and its advantage is 0.
+
+    With `group`, a factor that all rewards of a group share cancels: alpha of a length penalty does nothing where all
+    are right. Errors: ValueError for another scale or shape.
+    """
+    if rewards.dim() != 2:
+        raise ValueError(f"rewards: must be [prompts, samples], got {list(rewards.shape)}")
+    centred = rewards - rewards.nanmean(-1, keepdim=True)
+    if scale == "group":
+        centred = centred / (_deviation(rewards, correction) + eps)
+    elif scale == "batch":
+        centred = centred / (_deviation(rewards.reshape(1, -1), correction) + eps)
+    elif scale != "none":
+        raise ValueError(f"scale: must be 'group', 'batch' or 'none', got {scale!r}")
+    return centred.nan_to_num(nan=0.0)
+
+
+def _deviation(rows: Tensor, correction: int) -> Tensor:
+    """Standard deviation of every row's numbers, [rows, 1]; 0 where there are too few."""
+    count = (~rows.isnan()).sum(-1, keepdim=True)
+    squares = (rows - rows.nanmean(-1, keepdim=True)).square().nansum(-1, keepdim=True)
+    return (squares / (count - correction).clamp(min=1)).sqrt()

@@ -1,0 +1,376 @@
+"""GRPO-lambda from beginning to end: train online on problems with answers, and measure the policy before and after.
+
+    test/             rollout table of the starting policy on test problems
+    ARM/              a trained policy, an ordinary folder: `grpo_lambda`, and what one compares it with: `grpo` (no length
+                      term), `plain` (its alpha on every group, without floors)
+    ARM-test/         its rollout table on the same problems
+    summary.json, report.html
+
+What is finished is not made again; an interrupted training continues from its last checkpoint, during the first pass over
+the problems as if it had not been interrupted (later, TRL draws another order of them). One process only.
+"""
+
+import dataclasses
+import json
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from posttrain.data.load import Row
+from posttrain.data.prompts import messages_for
+from posttrain.errors import UserError, nearest
+from posttrain.evaluation.arms import Arm, policy_arm, sampled_arms
+from posttrain.evaluation.intervals import paired_comparison
+from posttrain.evaluation.plots import length_histogram, step_curves
+from posttrain.evaluation.report import Figure, write_report
+from posttrain.models.load import Policy, load_model
+from posttrain.pipelines.rollout import RolloutConfig, check_overlap, lengths_by_verdict, rollout
+from posttrain.provenance import hash_json, plain, versions, write_json
+from posttrain.rewards.math import grade
+from posttrain.rollouts.engine import Sampling
+from posttrain.rollouts.table import RolloutTable
+
+MADE_BY = "made_by.json"
+ARMS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> title, what differs from the training's settings
+    "grpo": ("GRPO", {"gate_fraction": 0.0}),
+    "plain": (
+        "GRPO, plain length penalty",
+        {"gate_fraction": 1.0, "min_group_accuracy": 0.0, "length_std_floor": 0.0, "guard_drop": None},
+    ),
+    "grpo_lambda": ("GRPO-lambda", {}),
+}
+ArmName = Literal["grpo", "plain", "grpo_lambda"]
+RENAMED = {  # our setting -> TRL's
+    "steps": "max_steps",
+    "samples": "num_generations",
+    "batch_size": "per_device_train_batch_size",
+    "max_tokens": "max_completion_length",
+}
+
+
+@dataclass(frozen=True)
+class GRPOLambdaTraining:
+    """How the policy is trained; the defaults are the embedded model's, those of the gate our own for all."""
+
+    gate_fraction: float = field(default=0.2, metadata={"help": "part of a step's prompts whose lengths are rewarded"})
+    alpha: float = field(default=0.2, metadata={"help": "a correct completion's reward is above 1 - alpha"})
+    min_group_accuracy: float = field(default=0.5, metadata={"help": "below it no group is gated"})
+    length_std_floor: float = field(default=0.05, metadata={"help": "least spread of lengths, as a part of their mean"})
+    penalty_warmup_steps: int = field(default=10, metadata={"help": "steps without a penalty"})
+    alpha_ramp_steps: int = field(default=0, metadata={"help": "steps in which alpha then grows"})
+    gate_ramp_steps: int = field(default=0, metadata={"help": "steps in which the gated part then grows"})
+    guard_drop: float | None = field(
+        default=0.05, metadata={"help": "fall of the validation accuracy that ends the penalty"}
+    )
+    guard_steps: int = field(default=100, metadata={"help": "within how many steps it falls"})
+    scale_rewards: Literal["group", "batch", "none"] = field(
+        default="none", metadata={"help": "what divides advantages"}
+    )
+    loss_type: str = field(default="dr_grpo", metadata={"help": "TRL's: dr_grpo, grpo, dapo, bnpo, cispo, ..."})
+    beta: float = field(default=0.0, metadata={"help": "KL coefficient, in units of the reward"})
+    learning_rate: float = field(default=1e-4, metadata={"help": "AdamW"})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "of the learning rate"})
+    steps: int = field(default=60, metadata={"help": "optimiser steps"})
+    prompts_per_step: int = field(default=32, metadata={"help": "groups per step"})
+    samples: int = field(default=8, metadata={"help": "completions per group"})
+    batch_size: int = field(default=64, metadata={"help": "completions per forward"})
+    temperature: float = field(default=1.0, metadata={"help": "of training's completions"})
+    max_tokens: int = field(default=192, metadata={"help": "at most so many per completion"})
+    bf16: bool = field(default=False, metadata={"help": "bfloat16 forward"})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory, a second forward"})
+    lora_rank: int = field(default=0, metadata={"help": "train an adapter on all linear layers; 0: all weights"})
+    trl: dict[str, Any] = field(default_factory=dict, metadata={"help": "any other argument of TRL's GRPOConfig"})
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "prompts_per_step", "samples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"training.{name}: must be at least 1, got {getattr(self, name)}")
+        if self.samples < 2:
+            raise UserError("training.samples: must be at least 2; a completion is compared with its group")
+        if self.prompts_per_step * self.samples % self.batch_size:
+            raise UserError(
+                f"training.batch_size: must divide prompts_per_step * samples, {self.prompts_per_step * self.samples}, "
+                f"got {self.batch_size}"
+            )
+        if self.lora_rank < 0:
+            raise UserError(f"training.lora_rank: must not be negative, got {self.lora_rank}")
+        if not isinstance(self.trl, dict):
+            raise UserError(f"training.trl: must be a mapping, got {self.trl!r}")
+
+
+@dataclass(frozen=True)
+class GRPOLambdaRunConfig:
+    """Settings of a run; the defaults are the embedded model's."""
+
+    out: str = field(metadata={"help": "the run's folder"})
+    model: str = field(default="tiny", metadata={"help": "tiny, a folder, a .gguf file or a hub id"})
+    data: str = field(default="arithmetic", metadata={"help": "a data set or a file; see posttrain rollout --help"})
+    prompt: str | None = field(default=None, metadata={"help": "the user turn, with a {problem} placeholder"})
+    arms: tuple[ArmName, ...] = field(default=("grpo_lambda",), metadata={"help": "what is trained"})
+    train_split: str = field(default="train", metadata={"help": "where the training prompts come from"})
+    train_prompts: int = field(default=2000, metadata={"help": "how many of them"})
+    validation_split: str = field(default="val", metadata={"help": "what the collapse guard looks at"})
+    validation_prompts: int = field(default=256, metadata={"help": "how many of its prompts; 0: no guard"})
+    validation_samples: int = field(default=4, metadata={"help": "completions per validation prompt"})
+    validation_steps: int = field(default=20, metadata={"help": "steps from one look to the next"})
+    test_split: str = field(default="test", metadata={"help": "where the policy is measured"})
+    test_prompts: int = field(default=500, metadata={"help": "how many of its prompts"})
+    test_samples: int = field(default=4, metadata={"help": "completions per test prompt"})
+    temperature: float = field(default=1.0, metadata={"help": "of the test's completions"})
+    max_tokens: int = field(default=192, metadata={"help": "at most so many tokens per test completion"})
+    training: GRPOLambdaTraining = field(default_factory=GRPOLambdaTraining, metadata={"help": "gate and optimiser"})
+    slots: int = field(default=64, metadata={"help": "requests in the running batch"})
+    shard_prompts: int = field(default=50, metadata={"help": "prompts per shard: what is redone after an interruption"})
+    device: str | None = field(default=None, metadata={"help": "cpu or cuda; default: cuda where there is one"})
+    seed: int = field(default=0, metadata={"help": "of problems, completions and training"})
+
+    def __post_init__(self) -> None:
+        for name in ("train_prompts", "validation_samples", "validation_steps", "test_prompts", "test_samples"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        if self.validation_prompts < 0:
+            raise UserError(f"validation_prompts: must not be negative, got {self.validation_prompts}")
+        if not self.arms or len(set(self.arms)) != len(self.arms):
+            raise UserError(f"arms: must be different ones of {', '.join(ARMS)}, got {list(self.arms)}")
+        for name in ("train_split", "validation_split"):
+            if getattr(self, name) == self.test_split and (name == "train_split" or self.validation_prompts):
+                raise UserError(f"test_split: {self.test_split} is the {name} too; measure on another one")
+
+
+@dataclass(frozen=True)
+class GRPOLambdaRun:
+    config: GRPOLambdaRunConfig
+    policy: Policy
+    arms: dict[str, Arm]
+    training: dict[str, dict[str, Any]]
+    tables: dict[str, RolloutTable]
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What made the numbers."""
+        return {
+            "config": plain(self.config),
+            "policy": {"name": self.policy.name, "fingerprint": self.policy.fingerprint},
+            "training": {name: {**made, "log": None} for name, made in self.training.items()},
+            "versions": versions(),
+        }
+
+
+def correctness(completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[float]:
+    """1 for a completion whose answer is right, else 0: a reward function in TRL's signature."""
+    texts = [completion[0]["content"] for completion in completions]
+    return [float(found.correct) for found in grade(completions=texts, golds=list(answer))]
+
+
+def run(config: GRPOLambdaRunConfig, say: Callable[[str], None] = print) -> GRPOLambdaRun:
+    """Errors: UserError naming the field, before anything is sampled where that is possible."""
+    out = Path(config.out)
+    rows = _plan(config, config.train_split, config.train_prompts).rows()
+    held_out = (
+        _plan(config, config.validation_split, config.validation_prompts).rows() if config.validation_prompts else []
+    )
+    plan = _plan(config, config.test_split, config.test_prompts)
+    test_rows = plan.rows()
+    check_overlap([*rows, *held_out], test_rows)
+    policy = load_model(config.model, config.device, "float32")
+    for name in config.arms:
+        _arguments(config, name, out, policy)  # refused now, not after a minute of sampling
+    say(f"{config.test_split}: {config.test_samples} completions of each of {len(test_rows)} prompts")
+    tables = {"base": rollout(policy, plan, test_rows, out / "test", resume=True, say=say)}
+    lengths = [[len(ids) for ids in row] for row in tables["base"].rectangle("completion_ids")]
+    base = tables["base"]
+    arms = sampled_arms(base.rectangle("correct"), base.rectangle("extracted"), lengths, base.manifest["seconds"])
+    training: dict[str, dict[str, Any]] = {}
+    for name in config.arms:
+        title = ARMS[name][0]
+        say(f"{title}: {config.training.steps} steps")
+        training[name] = made = train(policy, config, name, rows, held_out)
+        after = load_model(str(out / name), config.device, "float32")
+        tables[name] = rollout(after, plan, test_rows, out / f"{name}-test", resume=True, say=_silent)
+        arms[name] = policy_arm(name, title, tables[name], made["seconds"])
+    return GRPOLambdaRun(config, policy, arms, training, tables)
+
+
+def train(
+    policy: Policy, config: GRPOLambdaRunConfig, arm: str, rows: Sequence[Row], held_out: Sequence[Row]
+) -> dict[str, Any]:
+    """Trains one arm and saves it; what was made by the same settings is kept. The policy's own model is left as it was.
+
+    Returns what `made_by.json` says. Errors: UserError naming `out` for a folder that other settings made.
+    """
+    folder = Path(config.out) / arm
+    settings = plain(_settings(config, arm))
+    guard = {name: value for name, value in plain(config).items() if name.startswith("validation")}
+    problems = [[row["problem"], row["answer"]] for row in [*rows, *held_out]]
+    key = hash_json([policy.fingerprint, config.seed, config.prompt, settings, guard, problems])
+    if (folder / MADE_BY).is_file():
+        made = json.loads((folder / MADE_BY).read_text(encoding="utf-8"))
+        if made["key"] != key:
+            raise UserError(
+                f"out: {folder} was trained on other problems or with other settings; delete it, or give another out"
+            )
+        return made
+    from datasets import Dataset  # with the trainer below, seconds of import
+    from transformers import PrinterCallback
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from posttrain.trainers.grpo_lambda import GRPOLambdaTrainer
+
+    started = time.perf_counter()
+    template = _plan(config, config.train_split, 1).template
+    train_set, eval_set = (
+        Dataset.from_list([{"prompt": messages_for(row, template), "answer": row["answer"]} for row in part])
+        for part in (rows, held_out)
+    )
+    scratch = folder.with_name(f"{folder.name}-checkpoints-{key[:12]}")
+    start = load_model(policy.name, str(policy.model.device), "float32")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You are using 'rollout_func'")
+        trainer = GRPOLambdaTrainer(
+            start.model,
+            correctness,
+            _arguments(config, arm, scratch, policy),
+            train_set,
+            eval_set if held_out else None,
+            processing_class=start.tokenizer,
+            peft_config=_adapter(config.training),
+            rollout_func=_rollouts(config, policy),
+        )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(scratch)) if scratch.is_dir() else None)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if config.training.lora_rank:
+        model = model.merge_and_unload()
+    model.save_pretrained(folder)
+    start.tokenizer.save_pretrained(folder)
+    made = {
+        "key": key,
+        "policy": policy.fingerprint,
+        "settings": settings,
+        "seed": config.seed,
+        "log": trainer.state.log_history,
+        "seconds": time.perf_counter() - started,
+        "versions": versions(),
+    }
+    write_json(folder / MADE_BY, made)
+    shutil.rmtree(scratch, ignore_errors=True)
+    return made
+
+
+def publish(result: GRPOLambdaRun, title: str, lead: str) -> None:
+    """`summary.json` and `report.html` in the run's folder."""
+    out = Path(result.config.out)
+    summary = {name: arm.summary() for name, arm in result.arms.items()}
+    write_json(out / "summary.json", {"arms": summary, "comparisons": comparisons(result), "manifest": result.manifest})
+    logs = {ARMS[name][0]: made["log"] for name, made in result.training.items()}
+    last = result.tables[result.config.arms[-1]]
+    figures = [
+        Figure(step_curves(_curves(logs, "accuracy"), "accuracy"), "Accuracy of training's completions, by step."),
+        Figure(step_curves(_curves(logs, "completions/mean_length"), "tokens"), "Their mean length, by step."),
+        Figure(length_histogram(lengths_by_verdict(last)), "Test completion lengths by verdict, after."),
+    ]
+    write_report(
+        out / "report.html",
+        title=title,
+        lead=lead,
+        arms=result.arms,
+        figures=figures,
+        table=last,
+        scores=None,
+        definitions=("pass@1", "maj@k", "pass@k", "tokens", "seconds", "interval"),
+        manifest=result.manifest,
+    )
+
+
+def comparisons(result: GRPOLambdaRun) -> dict[str, dict[str, Any]]:
+    """Every trained arm against the starting policy and, where it was trained, against plain GRPO: the paired difference
+    of accuracy with its 95 % interval, and the ratio of tokens."""
+    found = {}
+    for name in result.config.arms:
+        for other in ("base", "grpo"):
+            if other in result.arms and other != name:
+                ours, theirs = result.arms[name], result.arms[other]
+                paired = paired_comparison(ours.per_problem, theirs.per_problem)
+                found[f"{name} - {other}"] = {**plain(paired), "token_ratio": ours.tokens / theirs.tokens}
+    return found
+
+
+def _settings(config: GRPOLambdaRunConfig, arm: str) -> GRPOLambdaTraining:
+    return replace(config.training, **ARMS[arm][1])
+
+
+def _arguments(config: GRPOLambdaRunConfig, arm: str, folder: Path, policy: Policy) -> Any:
+    """The trainer's configuration. Errors: UserError naming the field."""
+    from posttrain.trainers.grpo_lambda import GRPOLambdaConfig
+
+    settings = _settings(config, arm)
+    own = {
+        RENAMED.get(entry.name, entry.name): getattr(settings, entry.name)
+        for entry in dataclasses.fields(settings)
+        if entry.name not in ("prompts_per_step", "lora_rank", "trl")
+    }
+    own |= {
+        "output_dir": str(folder),
+        "gradient_accumulation_steps": settings.prompts_per_step * settings.samples // settings.batch_size,
+        "seed": config.seed,
+        "use_cpu": policy.model.device.type == "cpu",
+    }
+    if config.validation_prompts:
+        samples = config.validation_samples
+        own |= {"eval_strategy": "steps", "eval_steps": config.validation_steps, "eval_on_start": True}
+        own |= {
+            "num_generations_eval": samples,
+            "per_device_eval_batch_size": samples * min(config.validation_prompts, 64),
+        }
+    known = {entry.name for entry in dataclasses.fields(GRPOLambdaConfig) if entry.init} - set(own)
+    for name in settings.trl:
+        if name not in known:
+            told = "is a setting of ours" if name in own else f"no argument of TRL's GRPOConfig{nearest(name, known)}"
+            raise UserError(f"training.trl.{name}: {told}")
+    quiet = {"report_to": "none", "disable_tqdm": not sys.stderr.isatty(), "logging_steps": 1}
+    saving = {"save_strategy": "steps", "save_steps": 20, "save_total_limit": 1}
+    try:
+        return GRPOLambdaConfig(**{**quiet, **saving, **own, **settings.trl})
+    except (ValueError, TypeError) as error:
+        raise UserError(f"training: {' '.join(str(error).split())}") from None
+
+
+def _rollouts(config: GRPOLambdaRunConfig, policy: Policy) -> Any:
+    """Our engine on CPU; elsewhere, and with vLLM, TRL's own ways."""
+    if policy.model.device.type != "cpu" or config.training.trl.get("use_vllm"):
+        return None
+    from posttrain.trainers.engine_rollouts import engine_rollouts
+
+    return engine_rollouts(config.slots)
+
+
+def _adapter(config: GRPOLambdaTraining) -> Any:
+    if not config.lora_rank:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear")
+
+
+def _curves(logs: dict[str, list[dict[str, Any]]], name: str) -> dict[str, tuple[list[int], list[float]]]:
+    found = {}
+    for title, log in logs.items():
+        points = [(entry["step"], entry[name]) for entry in log if entry.get(name) is not None]
+        found[title] = ([step for step, _ in points], [value for _, value in points])
+    return found
+
+
+def _plan(config: GRPOLambdaRunConfig, split: str, limit: int) -> RolloutConfig:
+    sampling = Sampling(config.temperature, max_tokens=config.max_tokens, seed=config.seed)
+    return RolloutConfig(
+        config.data, split, limit, config.prompt, config.test_samples, sampling, config.slots, config.shard_prompts
+    )
+
+
+def _silent(_: str) -> None:
+    """The prompt has been shown already."""

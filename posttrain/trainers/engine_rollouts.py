@@ -1,0 +1,46 @@
+"""TRL's rollout function on our continuous-batching engine: on CPU it needs some three fifths of the time of `generate`.
+
+A slot whose completion has ended takes the next prompt, where `generate` drags every completion on to the longest.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from posttrain.data.prompts import Message, render
+from posttrain.rollouts.engine import Request, Sampling
+from posttrain.rollouts.transformers import TransformersEngine
+
+Rollouts = Callable[[list[list[Message]], Any], dict[str, list[list[int]] | None]]
+
+
+def engine_rollouts(slots: int = 64) -> Rollouts:
+    """What to give a GRPOTrainer as `rollout_func`. Prompts are conversations; temperature, top-p, top-k and the token
+    limit are the trainer's. Seeds are drawn from torch's generator, which checkpoints keep and ranks seed differently."""
+
+    def rollouts(prompts: list[list[Message]], trainer: Any) -> dict[str, list[list[int]] | None]:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        engine = TransformersEngine(model, fingerprint="in training", slots=slots, eos_ids=trainer.eos_token_ids)
+        seeds = torch.randint(2**62, (len(prompts),)).tolist()
+        prompt_ids = [render(trainer.processing_class, prompt) for prompt in prompts]
+        requests = [
+            Request(
+                i,
+                tuple(ids),
+                Sampling(
+                    trainer.temperature,
+                    top_p=trainer.top_p,
+                    top_k=trainer.top_k,
+                    max_tokens=trainer.max_completion_length,
+                    seed=seed,
+                ),
+            )
+            for i, (ids, seed) in enumerate(zip(prompt_ids, seeds, strict=True))
+        ]
+        found: list[list[int]] = [[] for _ in requests]
+        for completion in engine.generate(requests):
+            found[completion.request_id] = list(completion.ids)
+        return {"prompt_ids": prompt_ids, "completion_ids": found, "logprobs": None}
+
+    return rollouts

@@ -1,0 +1,148 @@
+"""GRPO-lambda from beginning to end, on a handful of problems."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from posttrain.cli.main import main
+from posttrain.config import build, read_yaml
+from posttrain.errors import UserError
+from posttrain.pipelines import grpo_lambda
+from posttrain.pipelines.grpo_lambda import GRPOLambdaRunConfig, GRPOLambdaTraining, correctness, run
+
+SMALL = GRPOLambdaRunConfig(
+    out="",
+    arms=("grpo", "grpo_lambda"),
+    train_prompts=6,
+    validation_prompts=4,
+    validation_samples=2,
+    validation_steps=1,
+    test_prompts=4,
+    test_samples=3,
+    shard_prompts=3,
+    training=GRPOLambdaTraining(
+        steps=2, prompts_per_step=3, samples=4, batch_size=6, penalty_warmup_steps=0, gate_fraction=1.0, lora_rank=2
+    ),
+)
+
+
+def silent(_):
+    pass
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("grpo") / "run"
+    return out, run(replace(SMALL, out=str(out)), say=silent)
+
+
+def test_every_arm_is_trained_and_measured(finished):
+    out, result = finished
+    assert {"base", "majority", "oracle", "grpo", "grpo_lambda"} == set(result.arms)
+    transformers.AutoModelForCausalLM.from_pretrained(out / "grpo_lambda")
+    grpo_lambda.publish(result, "a title", "a lead")
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["arms"]["grpo_lambda"]["accuracy"] == result.arms["grpo_lambda"].accuracy
+    assert set(summary["comparisons"]) == {"grpo - base", "grpo_lambda - base", "grpo_lambda - grpo"}
+    assert summary["comparisons"]["grpo - base"]["difference"] == pytest.approx(
+        result.arms["grpo"].accuracy - result.arms["base"].accuracy
+    )
+    assert "GRPO-lambda" in (out / "report.html").read_text()
+
+
+def test_the_guard_has_something_to_look_at(finished):
+    _, result = finished
+    looks = [entry for entry in result.training["grpo_lambda"]["log"] if "eval_accuracy" in entry]
+    assert [entry["step"] for entry in looks] == [0, 1, 2]
+    assert all(entry["eval_completions/mean_length"] > 0 for entry in looks)
+
+
+def test_only_the_gated_arm_is_penalised(finished):
+    _, result = finished
+    for name, alpha in (("grpo", 0.2), ("grpo_lambda", 0.2)):
+        steps = [entry for entry in result.training[name]["log"] if "gate/alpha" in entry]
+        assert [entry["gate/alpha"] for entry in steps] == [alpha] * 2
+        assert all(entry["gate/fraction"] == 0 for entry in steps) == (name == "grpo")
+
+
+def test_everything_is_kept(finished):
+    out, result = finished
+    stamp = (out / "grpo" / "model.safetensors").stat().st_mtime_ns
+    again = run(replace(SMALL, out=str(out)), say=silent)
+    assert again.arms["grpo"].accuracy == result.arms["grpo"].accuracy
+    assert stamp == (out / "grpo" / "model.safetensors").stat().st_mtime_ns
+    assert not list(out.glob("*checkpoints*"))
+
+
+def test_a_policy_of_other_settings_is_not_overwritten(finished):
+    out, _ = finished
+    other = replace(SMALL, out=str(out), training=replace(SMALL.training, alpha=0.5))
+    with pytest.raises(UserError, match="out: .*grpo was trained on other problems or with other settings"):
+        run(other, say=silent)
+
+
+@pytest.mark.slow
+def test_an_interrupted_training_continues_from_its_checkpoint_to_the_same_policy(tmp_path, monkeypatch):
+    config = replace(
+        SMALL,
+        arms=("grpo_lambda",),
+        train_prompts=12,  # one epoch: TRL's sampler does not remember how many it has shuffled
+        validation_prompts=0,
+        training=replace(SMALL.training, steps=3, lora_rank=0, trl={"save_steps": 1}),
+    )
+    calls = []
+
+    def interrupted(completions, answer, **_):
+        calls.append(len(completions))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return correctness(completions, answer)
+
+    run(replace(config, out=str(tmp_path / "whole")), say=silent)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(grpo_lambda, "correctness", interrupted)
+        run(replace(config, out=str(tmp_path / "parts")), say=silent)
+    run(replace(config, out=str(tmp_path / "parts")), say=silent)
+    whole, parts = (load_file(tmp_path / name / "grpo_lambda" / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+
+
+def test_the_reward_grades_the_answer():
+    completions = [[{"role": "assistant", "content": text}] for text in ("2+2=(4.)4;#### 4", "#### 5", "no idea")]
+    assert correctness(completions, ["4"] * 3) == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("recipe", ["arithmetic", "gsm8k_qwen"])
+def test_the_recipes_are_ones(recipe):
+    assert build(GRPOLambdaRunConfig, read_yaml(f"recipes/grpo_lambda/{recipe}.yaml")).arms
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("training: {samples: 1, batch_size: 1}", "training.samples: must be at least 2"),
+        ("training: {batch_size: 7}", "training.batch_size: must divide prompts_per_step"),
+        ("training: {alpha: 2}", "alpha: must be between 0 and 1, got 2.0"),
+        ("training: {gate_fraction: -1}", "gate_fraction: must be between 0 and 1, got -1.0"),
+        (
+            "training: {trl: {use_vlm: true}}",
+            "training.trl.use_vlm: no argument of TRL's GRPOConfig (did you mean use_vllm",
+        ),
+        ("training: {trl: {max_steps: 3}}", "training.trl.max_steps: is a setting of ours"),
+        ("arms: [grpo, grpo]", "arms: must be different ones"),
+        ("arms: [ppo]", "arms[0]: must be one of grpo, plain, grpo_lambda, got 'ppo'"),
+        ("test_split: train", "test_split: train is the train_split too"),
+        ("test_split: val", "test_split: val is the validation_split too"),
+    ],
+)
+def test_bad_settings_are_refused_in_one_line(tmp_path, capsys, text, message):
+    config = tmp_path / "config.yaml"
+    config.write_text(f"out: {tmp_path}/run\n{text}\n")
+    assert main(["grpo-lambda", "--config", str(config)]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"posttrain: error: {message}") and shown.count("\n") == 1
+    assert not (tmp_path / "run").exists()
