@@ -192,7 +192,7 @@ def test_a_small_beta_is_the_reference_given_success(atoms):
     prompt = (5, 9, 33)
     with torch.inference_mode():
         scores = policy(input_ids=torch.tensor([prompt])).logits[:, -1]
-        session.add([prompt], [1e-9], torch.tensor([prompt[:-1]]), None)
+        session.add([Request(0, tuple(prompt), Sampling(), beta=1e-9)], torch.tensor([prompt[:-1]]), None)
         guided = session.guide_step(scores, None, None).scores  # of all tokens, in the order of their ids
         logits = value(torch.tensor([[*prompt, token] for token in range(101)]))[:, -1]
     log_p = torch.nn.functional.logsigmoid(logits) if atoms is None else torch.log_softmax(logits, -1)[:, -1]
