@@ -17,6 +17,7 @@ COMMANDS = {
     "dqo": "train a policy offline by soft actor-critic over tokens, and measure it",
     "demo": "the whole path on the embedded model: sample, grade, learn, re-rank, measure, report",
     "eval": "measure a model on math benchmarks, with intervals; re-grade, report, compare",
+    "serve": "serve a model over HTTP, with guidance and re-ranking, to OpenAI's clients",
     "grade": "is this answer right? and why",
 }
 
