@@ -34,7 +34,9 @@ def folders(policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> SimpleN
     """Guides and probes as they are given on the command line."""
     root = tmp_path_factory.mktemp("served")
     for name, settings in {"q": {"head": "q", "layers": 1}, "own": {"head": "shared"}}.items():
-        new_value_model(policy, zero_init=False, **settings).save_pretrained(root / name)
+        value = new_value_model(policy, zero_init=False, **settings)
+        value.head.out.weight.data *= 40  # strong opinions
+        value.save_pretrained(root / name)
     torch.manual_seed(0)
     for name, layer in (("mean", 1), ("late", 2)):
         card = ProbeCard(
