@@ -19,6 +19,7 @@ COMMANDS = {
     "grpo-lambda": "train a policy online with a length penalty gated by accuracy, and measure it",
     "demo": "the whole path on the embedded model: sample, grade, learn, re-rank, measure, report",
     "eval": "measure a model on math benchmarks, with intervals; re-grade, report, compare",
+    "serve": "serve a model over HTTP, with guidance and re-ranking, to OpenAI's clients",
     "grade": "is this answer right? and why",
 }
 

@@ -22,6 +22,7 @@ from posttrain.models.cache import DecodeMasks, SlotCache, Tree, read_length, tr
 from posttrain.models.load import Policy
 from posttrain.models.value import ValueModel, load_value_model, value_fingerprint
 from posttrain.provenance import hash_json
+from posttrain.rollouts.engine import Request
 
 MOST_WAITING = 16  # tokens of a row that may wait to be read: attention is padded to the longest queue
 
@@ -87,6 +88,13 @@ class _Row:
     beta: float
     length: int
     waiting: list[int] = field(default_factory=list)
+    candidates: int | None = None
+
+    @classmethod
+    def of(cls, request: Request) -> "_Row":
+        *read, last = request.prompt_ids
+        assert request.beta is not None
+        return cls(request.beta, len(read), [last], request.candidates)
 
     @property
     def end(self) -> int:
@@ -124,15 +132,12 @@ class GuideSession:
         self.rows: list[_Row | None] = []
         self._step: _Scored | None = None
 
-    def add(
-        self, prompts: Sequence[Sequence[int]], betas: Sequence[float | None], padded: Tensor, copies: Tensor | None
-    ) -> None:
+    def add(self, requests: Sequence[Request], padded: Tensor, copies: Tensor | None) -> None:
         """Requests take the next slots. padded: int64 [distinct prompts, width], right-padded, without their last tokens;
         copies: which of them each request has, None: one each."""
         first = len(self.rows)
-        for prompt, beta in zip(prompts, betas, strict=True):
-            self.rows.append(None if beta is None else _Row(beta, len(prompt) - 1, [prompt[-1]]))
-        if self.guide.reads_policy or padded.shape[1] == 0 or all(beta is None for beta in betas):
+        self.rows += [None if request.beta is None else _Row.of(request) for request in requests]
+        if self.guide.reads_policy or padded.shape[1] == 0 or not any(self.rows[first:]):
             return
         self.cache.fill(first, padded.shape[1], copies)
         positions = torch.arange(padded.shape[1], device=padded.device).unsqueeze(0)
@@ -147,6 +152,10 @@ class GuideSession:
         """
         guidance = self.guide.guidance
         candidates = Candidates.of(scores, guidance)
+        fewer = [row.candidates if row and row.candidates else guidance.candidates for row in self.rows]
+        if min(fewer) < guidance.candidates:
+            rank = torch.arange(candidates.valid.shape[1], device=scores.device)
+            candidates.valid.logical_and_(rank < torch.tensor(fewer, device=scores.device).unsqueeze(-1))
         counts = candidates.valid.sum(-1).tolist()
         scored = [row is not None and count > 1 for row, count in zip(self.rows, counts, strict=True)]
         read = [

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 from posttrain.errors import UserError
 
 FinishReason = Literal["stop", "length"]
+TopLogprobs = tuple[tuple[int, float], ...]
 LEAST_BETA = 1e-9  # tilts go up to 1 / beta, and must keep the digits that tell tokens apart
 
 
@@ -52,16 +53,25 @@ class Sampling:
 class Request:
     """One completion to sample. `id` is the caller's own name for it, unique within one call of `generate`.
 
-    beta: the KL coefficient of the engine's guide for this request, in units of the reward; None: no guidance.
-    Errors: UserError for a beta below LEAST_BETA.
+    beta: the KL coefficient of the engine's guide for this request, in units of the reward; None: no guidance. guide: which
+    guide, where the engine has several. candidates: value only so many of the tokens that the guide would value.
+    top_logprobs: also report the most likely tokens of every step.
+    Errors: UserError for a beta below LEAST_BETA, candidates below 1, or negative top_logprobs.
     """
 
     id: int
     prompt_ids: tuple[int, ...]
     sampling: Sampling
     beta: float | None = None
+    guide: str | None = None
+    candidates: int | None = None
+    top_logprobs: int = 0
 
     def __post_init__(self) -> None:
+        if self.candidates is not None and self.candidates < 1:
+            raise UserError(f"candidates: must be at least 1, got {self.candidates}")
+        if self.top_logprobs < 0:
+            raise UserError(f"top_logprobs: must not be negative, got {self.top_logprobs}")
         if self.beta is not None and not self.beta >= LEAST_BETA:
             raise UserError(f"beta: must be at least {LEAST_BETA:g} (infinite: no tilt), got {self.beta}")
 
@@ -77,6 +87,9 @@ class Completion:
     Of a guided request, in nats: `kl`, the sum over tokens of KL(guided law || softmax(logits / temperature)), exact, before
     top-k and top-p; `log_ratio`, the sum of the sampled tokens' log-ratios of the law that was really sampled from to
     softmax(logits / temperature). Without guidance both are 0.
+
+    `top_logprobs`: of every step the request's `top_logprobs` most likely tokens (id, log-probability), best first, under
+    the law that `logprobs` are of; a token that could not be drawn is not among them.
     """
 
     request_id: int
@@ -86,6 +99,7 @@ class Completion:
     stop: str | None = None  # the text of `Sampling.stop` that ended it; `ids` go on to the token that completed it
     kl: float = 0.0
     log_ratio: float = 0.0
+    top_logprobs: tuple[TopLogprobs, ...] = ()
 
 
 def first_stop(text: str, stop: Sequence[str]) -> str | None:

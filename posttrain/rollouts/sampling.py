@@ -83,6 +83,14 @@ class Law:
         logits = logits.float()
         return logits if self.temperature is None else logits / self.temperature
 
+    def cut(self, scores: Tensor) -> Tensor:
+        """Scores [rows, vocab], -inf outside each row's top-k and top-p: softmax of them is the law that is drawn from."""
+        if self.filtered is None or self.top_k is None or self.top_p is None:
+            return scores
+        if len(self.filtered) == len(scores):
+            return truncate(scores, self.top_k, self.top_p)
+        return scores.index_copy(0, self.filtered, truncate(scores[self.filtered], self.top_k, self.top_p))
+
     def draw(self, scores: Tensor, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
         """Token ids [rows] and their log-probabilities [rows] (float32) under the law that they were drawn from.
 
@@ -90,12 +98,7 @@ class Law:
         A greedy row takes the argmax, and its log-probability is that of softmax(scores) over the whole vocabulary:
         nothing is cut off where nothing is drawn.
         """
-        if self.filtered is not None and self.top_k is not None and self.top_p is not None:
-            if len(self.filtered) == len(scores):
-                scores = truncate(scores, self.top_k, self.top_p)
-            else:
-                kept = truncate(scores[self.filtered], self.top_k, self.top_p)
-                scores = scores.index_copy(0, self.filtered, kept)
+        scores = self.cut(scores)
         logprobs = torch.log_softmax(scores, dim=-1)
         if uniforms is None:
             ids = scores.argmax(dim=-1)

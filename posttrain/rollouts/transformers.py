@@ -18,7 +18,7 @@ from torch import Tensor
 from posttrain.errors import UserError
 from posttrain.models.cache import DecodeMasks, SlotCache, decode_attention, read_length
 from posttrain.models.load import end_ids
-from posttrain.rollouts.engine import Completion, FinishReason, Request, check_request, first_stop
+from posttrain.rollouts.engine import Completion, FinishReason, Request, TopLogprobs, check_request, first_stop
 from posttrain.rollouts.sampling import Law, noise
 
 STOP_SLACK = 8  # tokens before a stop text that are decoded with it: the first of them may be half a character
@@ -80,16 +80,20 @@ class TransformersEngine:
         """Completions as they finish. Errors: UserError for a request that cannot fit, before any generation."""
         waiting = deque(requests)
         for request in waiting:
-            check_request(request, self.context)
-            if request.sampling.stop and self.tokenizer is None:
-                raise UserError("stop: stop texts need an engine that has a tokenizer")
-            if request.beta is not None and self.guide is None:
-                raise UserError("beta: this engine has no guide; give it a value model, or leave beta out")
-            if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < self.vocab:
-                raise UserError(
-                    f"prompt: request {request.id} has token ids outside the model's vocabulary of {self.vocab}"
-                )
+            self.check(request)
         return self._run(waiting)
+
+    def check(self, request: Request) -> None:
+        """Errors: UserError for a request that this engine cannot fulfil."""
+        check_request(request, self.context)
+        if request.sampling.stop and self.tokenizer is None:
+            raise UserError("stop: stop texts need an engine that has a tokenizer")
+        if request.beta is not None and self.guide is None:
+            raise UserError("beta: this engine has no guide; give it a value model, or leave beta out")
+        if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < self.vocab:
+            raise UserError(
+                f"prompt: request {request.id} has token ids outside the model's vocabulary of {self.vocab}"
+            )
 
     def _run(self, waiting: deque[Request]) -> Iterator[Completion]:
         batch = Batch(self)
@@ -99,9 +103,9 @@ class TransformersEngine:
                 with evaluating(self.model):
                     finished: list[Completion] = []
                     while not finished:
-                        free = self.slots - len(batch.rows)
-                        if waiting and (not batch.rows or free * ADMIT_SHARE >= self.slots):
-                            batch.add([waiting.popleft() for _ in range(min(free, len(waiting)))])
+                        newcomers = [waiting.popleft() for _ in range(min(batch.room, len(waiting)))]
+                        if newcomers:
+                            batch.add(newcomers)
                         finished = batch.step()
                 yield from finished
         finally:
@@ -137,7 +141,7 @@ class Guide(Protocol):
 class Row:
     """A request in a slot."""
 
-    __slots__ = ("ids", "kl", "limit", "log_ratio", "logprobs", "request", "stop", "stops")
+    __slots__ = ("ids", "kl", "limit", "log_ratio", "logprobs", "request", "stop", "stops", "tops")
 
     def __init__(self, request: Request, eos_ids: frozenset[int]) -> None:
         self.request = request
@@ -145,6 +149,7 @@ class Row:
         self.limit = request.sampling.max_tokens
         self.ids: list[int] = []
         self.logprobs: list[float] = []
+        self.tops: list[TopLogprobs] = []
         self.kl = self.log_ratio = 0.0
         self.stop: str | None = None
 
@@ -157,6 +162,19 @@ class Row:
     def token(self) -> int:
         return self.ids[-1] if self.ids else self.request.prompt_ids[-1]
 
+    def completion(self) -> Completion:
+        reason: FinishReason = "stop" if self.ids[-1] in self.stops or self.stop else "length"
+        return Completion(
+            request_id=self.request.id,
+            ids=tuple(self.ids),
+            logprobs=tuple(self.logprobs),
+            finish_reason=reason,
+            stop=self.stop,
+            kl=self.kl,
+            log_ratio=self.log_ratio,
+            top_logprobs=tuple(self.tops),
+        )
+
     def meets_stop(self, tokenizer: Any) -> bool:
         """Whether the last token completed a stop text. A token is a byte or more, so only the last few are decoded."""
         window = STOP_SLACK + max(len(text.encode()) for text in self.request.sampling.stop)
@@ -166,9 +184,11 @@ class Row:
 
 
 class Batch:
-    """The running batch: rows[r] lives in slot r of the cache."""
+    """The running batch: rows[r] lives in slot r of the cache. `add`, `step` and `drop` may follow each other in any order,
+    as long as no more are added than there is `room` for, and no step is asked of an empty batch."""
 
     def __init__(self, engine: TransformersEngine) -> None:
+        self.slots = engine.slots
         self.model = engine.model
         self.tokenizer = engine.tokenizer
         self.device: torch.device = engine.model.device
@@ -193,6 +213,12 @@ class Batch:
     def close(self) -> None:
         if self._hook is not None:
             self._hook.remove()
+
+    @property
+    def room(self) -> int:
+        """How many requests it would take now."""
+        free = self.slots - len(self.rows)
+        return free if not self.rows or free * ADMIT_SHARE >= self.slots else 0
 
     def _keep_states(self, _: Any, inputs: tuple[Tensor, ...]) -> None:
         self._states = inputs[0][:, -1]
@@ -222,9 +248,7 @@ class Batch:
                 self._forward(padded, torch.arange(width, device=self.device).unsqueeze(0), None)
             if self.guide:
                 requests = [row.request for row in self.rows[first:]]
-                self.guide.add(
-                    [request.prompt_ids for request in requests], [request.beta for request in requests], padded, copies
-                )
+                self.guide.add(requests, padded, copies)
         self._stale = True
 
     @torch.inference_mode()
@@ -241,6 +265,7 @@ class Batch:
         scores = self.law.scale(logits[:, -1])
         uniforms = None if self.law.all_greedy else noise(self.seeds, self.positions - self.starts)
         # float64 holds ids and float32 log-probabilities exactly.
+        columns = None
         if self.guide is None:
             self.tokens, logprobs = self.law.draw(scores, uniforms)
             outcome = [self.tokens.double(), logprobs.double()]
@@ -250,6 +275,7 @@ class Batch:
             self.tokens = drawn if guided.ids is None else guided.ids.gather(1, drawn.unsqueeze(1)).squeeze(1)
             reference = scores.gather(1, self.tokens.unsqueeze(1)).squeeze(1) - guided.total
             outcome = [self.tokens.double(), logprobs.double(), guided.kl, (logprobs - reference).double()]
+            scores, columns = guided.scores, guided.ids
         self.positions = self.positions + 1
         sampled, sampled_logprobs, *shifts = torch.stack(outcome).tolist()
         if math.isnan(sum(sampled_logprobs)):
@@ -261,6 +287,7 @@ class Batch:
                 if row.request.beta is not None:
                     row.kl += row_kl
                     row.log_ratio += log_ratio
+        self._note_tops(scores, columns)
         finished = []
         for slot, (row, token, logprob) in enumerate(zip(self.rows, sampled, sampled_logprobs, strict=True)):
             row.ids.append(int(token))
@@ -268,7 +295,26 @@ class Batch:
             stopped = token in row.stops or (row.request.sampling.stop and row.meets_stop(self.tokenizer))
             if stopped or len(row.ids) == row.limit:
                 finished.append(slot)
-        return self._remove(finished) if finished else []
+        completions = [self.rows[slot].completion() for slot in finished]
+        self._remove(finished)
+        return completions
+
+    def drop(self, ids: Collection[int]) -> None:
+        """Takes requests out, unfinished, whose slots are then free; ids that are not here do no harm."""
+        self._remove([slot for slot, row in enumerate(self.rows) if row.request.id in ids])
+
+    def _note_tops(self, scores: Tensor, columns: Tensor | None) -> None:
+        """What requests want to know beside their own token; scores [rows, columns], which tokens these are, None: all."""
+        wanted = [slot for slot, row in enumerate(self.rows) if row.request.top_logprobs]
+        if not wanted:
+            return
+        most = max(self.rows[slot].request.top_logprobs for slot in wanted)
+        best = torch.log_softmax(self.law.cut(scores), -1)[wanted].topk(min(most, scores.shape[-1]), -1)
+        ids = best.indices if columns is None else columns[wanted].gather(1, best.indices)
+        for slot, *top in zip(wanted, ids.tolist(), best.values.tolist(), strict=True):
+            row = self.rows[slot]
+            pairs = list(zip(*top, strict=True))[: row.request.top_logprobs]
+            row.tops.append(tuple((token, logprob) for token, logprob in pairs if logprob > -math.inf))
 
     def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor | dict[str, Tensor] | None) -> Tensor:
         return self.model(
@@ -280,15 +326,11 @@ class Batch:
             logits_to_keep=1,
         ).logits
 
-    def _remove(self, finished: list[int]) -> list[Completion]:
+    @torch.inference_mode()
+    def _remove(self, finished: list[int]) -> None:
         """Takes rows out, and moves the last rows into the holes."""
-        completions = []
-        for slot in finished:
-            row = self.rows[slot]
-            reason: FinishReason = "stop" if row.ids[-1] in row.stops or row.stop else "length"
-            completions.append(
-                Completion(row.request.id, tuple(row.ids), tuple(row.logprobs), reason, row.stop, row.kl, row.log_ratio)
-            )
+        if not finished:
+            return
         left = len(self.rows) - len(finished)
         targets = [slot for slot in finished if slot < left]
         sources = sorted(set(range(left, len(self.rows))).difference(finished))
@@ -300,7 +342,6 @@ class Batch:
             self.rows[target] = self.rows[source]
         del self.rows[left:]
         self._stale = True
-        return completions
 
     def _refresh(self) -> None:
         samplings = [row.request.sampling for row in self.rows]

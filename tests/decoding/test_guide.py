@@ -192,7 +192,7 @@ def test_a_small_beta_is_the_reference_given_success(atoms):
     prompt = (5, 9, 33)
     with torch.inference_mode():
         scores = policy(input_ids=torch.tensor([prompt])).logits[:, -1]
-        session.add([prompt], [1e-9], torch.tensor([prompt[:-1]]), None)
+        session.add([Request(0, tuple(prompt), Sampling(), beta=1e-9)], torch.tensor([prompt[:-1]]), None)
         guided = session.guide_step(scores, None, None).scores  # of all tokens, in the order of their ids
         logits = value(torch.tensor([[*prompt, token] for token in range(101)]))[:, -1]
     log_p = torch.nn.functional.logsigmoid(logits) if atoms is None else torch.log_softmax(logits, -1)[:, -1]
@@ -295,3 +295,25 @@ def test_other_sizes_are_refused():
 def test_settings_are_checked(settings, message):
     with pytest.raises(UserError, match=message):
         Guidance(**settings)
+
+
+@pytest.mark.parametrize("head", ["v", "q"])
+def test_a_request_may_have_fewer_of_its_tokens_valued(head):
+    """Beside others that have them all, as under a guide that values no more."""
+    policy, value = build_model("llama"), value_model(head)
+
+    def run(most, candidates):
+        guidance = Guidance(candidates=most, delta=0.0)
+        guide = ValueGuide(value, policy, "f", guidance)
+        asked = [
+            Request(i, (5, 9 + i), Sampling(max_tokens=12, seed=i), 0.3, candidates=few)
+            for i, few in enumerate(candidates)
+        ]
+        engine = TransformersEngine(policy, fingerprint="random", guide=guide)
+        return {done.request_id: done for done in engine.generate(asked)}
+
+    mixed, few, all_of_them = run(20, (4, None, 4, None)), run(4, (None,) * 4), run(20, (None,) * 4)
+    for number, done in mixed.items():
+        expected = all_of_them[number] if number % 2 else few[number]
+        assert done.ids == expected.ids and done.kl == pytest.approx(expected.kl, abs=1e-4)
+    assert any(few[number].ids != all_of_them[number].ids for number in few)

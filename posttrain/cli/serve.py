@@ -1,0 +1,73 @@
+"""serve a model over HTTP, with guidance and re-ranking, to OpenAI's clients
+
+    posttrain serve --model tiny --guide runs/demo/value --probe runs/demo/probe
+
+SIGTERM ends it gracefully: what has begun is finished. Extra fields of a request: `guidance: {beta, top_k, guide}` and
+`rerank: {k, beta, probe}`.
+"""
+
+import argparse
+import os
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="tiny, a folder, a .gguf file or a hub id")
+    parser.add_argument(
+        "--guide",
+        action="append",
+        default=[],
+        metavar="[NAME=]DIR",
+        help="a value model of posttrain qsharp; repeatable",
+    )
+    parser.add_argument(
+        "--probe", action="append", default=[], metavar="[NAME=]DIR", help="a probe of posttrain qprobe; repeatable"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="another than this machine's own needs a key")
+    parser.add_argument("--port", type=int, default=8000, help="0 is any free one")
+    parser.add_argument(
+        "--api-key", help="what clients must send; better in POSTTRAIN_API_KEY, where ps does not show it"
+    )
+    parser.add_argument("--candidates", type=int, default=20, help="most tokens that a guide values")
+    parser.add_argument("--max-requests", type=int, default=256, help="answered at the same time; more get a 429")
+    parser.add_argument("--max-completions", type=int, default=64, help="for one request: n, or k of rerank")
+    parser.add_argument("--max-body", type=int, default=1 << 20, help="bytes of a request")
+    parser.add_argument("--drain", type=int, default=60, help="seconds after SIGTERM for what has begun")
+    parser.add_argument("--dtype", help="float32 or bfloat16; default: bfloat16 on a GPU, else float32")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU where there is one")
+    parser.add_argument("--slots", type=int, default=64, help="completions sampled at the same time")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
+
+
+def run(args: argparse.Namespace) -> None:
+    import torch
+
+    from posttrain.decoding.guidance import Guidance
+    from posttrain.errors import UserError
+    from posttrain.models.load import load_model
+
+    try:
+        from posttrain.serving.app import create_app
+        from posttrain.serving.catalogue import Catalogue, Limits, named_folders
+        from posttrain.serving.server import bind, check_open, serve
+    except ModuleNotFoundError as error:
+        raise UserError(f"serve: {error.name} is not installed; pip install 'posttrain[serve]'") from None
+
+    if args.threads is not None:
+        if args.threads < 1:
+            raise UserError(f"threads: must be at least 1, got {args.threads}")
+        torch.set_num_threads(args.threads)
+    if args.drain < 0:
+        raise UserError(f"drain: must not be negative, got {args.drain}")
+    if args.slots < 1:
+        raise UserError(f"slots: must be at least 1, got {args.slots}")
+    key = os.environ.get("POSTTRAIN_API_KEY") if args.api_key is None else args.api_key
+    check_open(args.host, key)
+    limits = Limits(args.max_requests, args.max_completions, args.max_body)
+    guidance = Guidance(candidates=args.candidates)
+    guides, probes = named_folders("guide", args.guide), named_folders("probe", args.probe)
+    with bind(args.host, args.port) as bound:
+        catalogue = Catalogue.load(
+            load_model(args.model, args.device, args.dtype), guides, probes, guidance, args.slots, limits
+        )
+        print(f"model {catalogue.name}, guides: {', '.join(guides) or 'none'}, probes: {', '.join(probes) or 'none'}")
+        serve(create_app(catalogue, key), bound, args.drain, lambda text: print(text, flush=True))

@@ -1,0 +1,113 @@
+"""A real server in this process: the embedded model, two guides and two probes that know nothing, on a free port."""
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import uvicorn
+
+from posttrain.models.features import FeatureSpec
+from posttrain.models.load import Policy, load_model
+from posttrain.models.probe import Probe, ProbeCard
+from posttrain.models.value import new_value_model
+from posttrain.rollouts.transformers import Batch
+from posttrain.serving.app import create_app
+from posttrain.serving.catalogue import Catalogue, Limits
+
+KEY = "a key"
+LIMITS = Limits(requests=8, completions=16, body=100_000)
+
+
+@pytest.fixture(scope="session")
+def policy() -> Policy:
+    return load_model("tiny", "cpu", "float32")
+
+
+@pytest.fixture(scope="session")
+def folders(policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """Guides and probes as they are given on the command line."""
+    root = tmp_path_factory.mktemp("served")
+    for name, settings in {"q": {"head": "q", "layers": 1}, "own": {"head": "shared"}}.items():
+        value = new_value_model(policy, zero_init=False, **settings)
+        value.head.out.weight.data *= 40  # strong opinions
+        value.save_pretrained(root / name)
+    torch.manual_seed(0)
+    for name, layer in (("mean", 1), ("late", 2)):
+        card = ProbeCard(
+            dim=policy.model.config.hidden_size, feature=FeatureSpec(layer, "mean"), policy=policy.fingerprint
+        )
+        probe = Probe(card)
+        torch.nn.init.normal_(probe.first.weight)
+        probe.save_pretrained(root / name)
+    return SimpleNamespace(root=root, guides=("q", "own"), probes=("mean", "late"))
+
+
+@pytest.fixture(scope="session")
+def catalogue(policy: Policy, folders: SimpleNamespace) -> Catalogue:
+    named = [{name: str(folders.root / name) for name in names} for names in (folders.guides, folders.probes)]
+    return Catalogue.load(policy, *named, limits=LIMITS, slots=8)
+
+
+@contextmanager
+def serving(catalogue: Catalogue, key: str | None = KEY) -> Iterator[SimpleNamespace]:
+    """A server on a thread: its url, its service, and `stop`, which drains."""
+    app = create_app(catalogue, key)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=20))
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+        thread.start()
+        wait_until(lambda: server.started)
+
+        def stop() -> None:
+            server.should_exit = True
+
+        url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+        yield SimpleNamespace(url=url, service=app.state.service, stop=stop, thread=thread)
+        stop()
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def server(catalogue: Catalogue) -> Iterator[SimpleNamespace]:
+    with serving(catalogue) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: SimpleNamespace) -> Any:
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=30) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def http(server: SimpleNamespace) -> Any:
+    httpx = pytest.importorskip("httpx")
+    with httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=30) as http:
+        yield http
+
+
+@pytest.fixture
+def slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty milliseconds a token."""
+    step = Batch.step
+
+    def waiting(self: Batch) -> Any:
+        time.sleep(0.02)
+        return step(self)
+
+    monkeypatch.setattr(Batch, "step", waiting)
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)

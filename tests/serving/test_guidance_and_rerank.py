@@ -1,0 +1,136 @@
+"""The two fields of ours: `guidance` and `rerank`."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from posttrain.data.prompts import render
+from posttrain.decoding.guides import Guides
+from posttrain.rollouts.engine import Request, Sampling
+from posttrain.rollouts.transformers import TransformersEngine
+
+MESSAGES = [{"role": "user", "content": "23+48-17=?"}]
+LAW = {"messages": MESSAGES, "seed": 7, "temperature": 1.3, "max_tokens": 40}
+
+
+def ask(http, **more):
+    answer = http.post("/v1/chat/completions", json={**LAW, **more})
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def engine_says(catalogue, guide, **request):
+    """The same request, asked of an engine whose only guide this is."""
+    policy = catalogue.policy
+    engine = TransformersEngine(policy.model, policy.tokenizer, fingerprint="x", guide=catalogue.guides[guide])
+    prompt = tuple(render(policy.tokenizer, MESSAGES))
+    [completion] = engine.generate([Request(0, prompt, Sampling(1.3, max_tokens=40, seed=7), **request)])
+    return completion
+
+
+@pytest.mark.parametrize("guide", ["q", "own"])
+@pytest.mark.parametrize("more", [{}, {"candidates": 3}])
+def test_guidance_is_that_of_the_named_guide(http, catalogue, guide, more):
+    top_k = {"top_k": more["candidates"]} if more else {}
+    answer = ask(http, guidance={"beta": 0.05, "guide": guide, **top_k})["choices"][0]
+    expected = engine_says(catalogue, guide, beta=0.05, **more)
+    assert answer["message"]["content"] == catalogue.policy.tokenizer.decode(expected.ids, skip_special_tokens=True)
+    assert answer["guidance"]["kl"] == pytest.approx(expected.kl) and expected.kl > 0.05
+
+
+def test_without_guidance_the_answer_is_the_model_s(http, catalogue):
+    answer = ask(http)["choices"][0]
+    assert answer["message"]["content"] == catalogue.policy.tokenizer.decode(
+        engine_says(catalogue, "q").ids, skip_special_tokens=True
+    )
+    assert "guidance" not in answer
+
+
+def test_requests_of_different_guides_share_a_batch_and_stay_what_they_are(http):
+    asked = [{}, *({"guidance": {"beta": beta, "guide": name}} for beta in (0.05, 0.2) for name in ("q", "own"))]
+    alone = [ask(http, **more)["choices"][0]["message"] for more in asked]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        together = list(pool.map(lambda more: ask(http, **more)["choices"][0]["message"], asked))
+    assert together == alone and len({message["content"] for message in alone}) > 2
+
+
+def test_a_guide_of_several_is_that_guide_alone(catalogue):
+    policy = catalogue.policy
+    prompt = tuple(render(policy.tokenizer, MESSAGES))
+    requests = [
+        Request(i, prompt[: 3 + i], Sampling(seed=i, max_tokens=4 + 3 * i), beta, guide)
+        for i, (beta, guide) in enumerate([(0.05, "q"), (0.1, "own"), (None, None), (0.2, "q"), (1.0, "own")])
+    ]
+
+    def run(guide, requests):
+        engine = TransformersEngine(policy.model, policy.tokenizer, fingerprint="x", slots=3, guide=guide)
+        return {done.request_id: (done.ids, pytest.approx(done.kl, abs=1e-4)) for done in engine.generate(requests)}
+
+    together = run(Guides(catalogue.guides), requests)
+    for request in requests:
+        assert together[request.id] == run(catalogue.guides[request.guide or "q"], [request])[request.id]
+
+
+def test_a_guided_stream_says_how_far_it_was_moved(client):
+    body = {"guidance": {"beta": 0.05, "guide": "q"}}
+    whole = client.chat.completions.create(model="tiny", **LAW, extra_body=body)
+    *_, last = client.chat.completions.create(model="tiny", **LAW, extra_body=body, stream=True)
+    assert last.choices[0].guidance == whole.choices[0].guidance
+
+
+@pytest.mark.parametrize("probe", ["mean", "late"])
+def test_rerank_keeps_the_best_of_k_with_its_scores(http, catalogue, probe):
+    told = ask(http, rerank={"k": 6, "probe": probe}, logprobs=True)
+    samples = ask(http, n=6)["choices"]
+    scores = told["rerank"]["scores"]
+    best = scores.index(max(scores))
+    assert told["rerank"]["chosen"] == best and told["rerank"]["probe"] == probe and len(set(scores)) > 2
+    assert [choice["message"]["content"] for choice in told["choices"]] == [samples[best]["message"]["content"]]
+    ids = [
+        catalogue.policy.tokenizer.convert_tokens_to_ids(t["token"]) for t in told["choices"][0]["logprobs"]["content"]
+    ]
+    reranker = catalogue.rerankers[probe]
+    again = reranker.score(render(catalogue.policy.tokenizer, MESSAGES), [ids])
+    assert again.item() == pytest.approx(scores[best], abs=0.02)  # features are float16
+
+
+def test_rerank_counts_all_that_it_sampled(http):
+    sampled = ask(http, n=6)["usage"]
+    assert ask(http, rerank={"k": 6, "probe": "mean"})["usage"] == sampled
+
+
+def test_rerank_at_a_temperature_draws_the_same_with_the_same_seed(http):
+    field = {"max_tokens": 4, "rerank": {"k": 4, "beta": 1e6, "probe": "mean"}}
+    chosen, again = ([ask(http, **field, seed=seed)["rerank"]["chosen"] for seed in range(6)] for _ in range(2))
+    assert chosen == again and len(set(chosen)) > 1
+
+
+def test_rerank_streams_what_it_chose(client):
+    body = {"rerank": {"k": 4, "probe": "late"}, "guidance": {"guide": "own"}}
+    whole = client.chat.completions.create(model="tiny", **LAW, extra_body=body)
+    chunks = list(client.chat.completions.create(model="tiny", **LAW, extra_body=body, stream=True))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == whole.choices[0].message.content
+    assert chunks[-1].rerank == whole.rerank
+
+
+@pytest.mark.parametrize(
+    ("field", "status", "message"),
+    [
+        ({"guidance": {"beta": 0}}, 400, "guidance.beta: "),
+        ({"guidance": {"beta": 1e-12, "guide": "q"}}, 400, "beta: must be at least"),
+        ({"guidance": {"top_k": 21, "guide": "q"}}, 400, "guidance.top_k: at most 20"),
+        ({"guidance": {}}, 400, "guide: missing; it must be one of q, own"),
+        ({"guidance": {"guide": "../own"}}, 404, "guide: there is no '../own' here (did you mean own?)"),
+        ({"guidance": {"bta": 1}}, 400, "bta: unknown field (did you mean beta?)"),
+        ({"guidence": {}}, 400, "guidence: unknown field (did you mean guidance?)"),
+        ({"rerank": {}}, 400, "rerank.k: "),
+        ({"rerank": {"k": 17, "probe": "mean"}}, 400, "rerank.k: at most 16"),
+        ({"rerank": {"k": -2}}, 400, "rerank.k: "),
+        ({"rerank": {"k": 2, "beta": -1}}, 400, "rerank.beta: "),
+        ({"rerank": {"k": 2, "probe": "meen"}}, 404, "probe: there is no 'meen' here (did you mean mean?)"),
+        ({"rerank": {"k": 2, "probe": "mean"}, "n": 2}, 400, "n: must be 1 with rerank"),
+    ],
+)
+def test_what_cannot_be_is_refused(http, field, status, message):
+    answer = http.post("/v1/chat/completions", json={**LAW, **field})
+    assert answer.status_code == status and answer.json()["error"]["message"].startswith(message)
