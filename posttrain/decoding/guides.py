@@ -18,6 +18,7 @@ class Guides:
         self.reads_policy = any(guide.reads_policy for guide in self.named.values())
         contexts = [guide.context for guide in self.named.values() if guide.context is not None]
         self.context = min(contexts, default=None)
+        self.settings = {name: guide.settings for name, guide in self.named.items()}
 
     def session(self, slots: int, context: int) -> "GuidesSession":
         return GuidesSession({name: guide.session(slots, context) for name, guide in self.named.items()})

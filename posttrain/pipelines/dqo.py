@@ -70,8 +70,6 @@ class DQOTraining:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"{name}: must be positive, got {value}; leave it out for full fine-tuning")
-
-    def __post_init__(self) -> None:
         for name in ("beta", "importance_cap", "learning_rate", "value_learning_rate", "epochs"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:

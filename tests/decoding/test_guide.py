@@ -224,7 +224,7 @@ def test_the_released_order_puts_the_temperature_on_the_tilts_too(atoms, law):
     prompt, temperature, beta = (5, 9, 33), torch.tensor([[0.7]]), 0.5
     with torch.inference_mode():
         logits = policy(input_ids=torch.tensor([prompt])).logits[:, -1]
-        session.add([prompt], [beta], torch.tensor([prompt[:-1]]), None)
+        session.add([Request(0, prompt, Sampling(), beta)], torch.tensor([prompt[:-1]]), None)
         guided = session.guide_step(logits / temperature, temperature, None)
         top = logits[0].topk(6).indices
         found = value(torch.tensor([[*prompt, token] for token in top.tolist()]))[:, -1]
