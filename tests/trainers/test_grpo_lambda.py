@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
@@ -103,7 +104,7 @@ def shaped(tmp_path_factory):
     return trained(tmp_path_factory.mktemp("shaped"), gate_fraction=0.5)
 
 
-@pytest.mark.parametrize("changes", [{}, {"scale_rewards": "group", "beta": 0.01}])
+@pytest.mark.parametrize("changes", [{}, {"scale_rewards": "group", "beta": 0.01, "per_device_train_batch_size": 8}])
 def test_without_a_gate_it_is_trl_bit_for_bit(tmp_path, changes):
     ours = trained(tmp_path / "ours", rewards=[verdicts, brevity], gate_fraction=0.0, **changes)
     theirs = trained(tmp_path / "theirs", rewards=[verdicts, brevity], cls=GRPOTrainer, **changes)
@@ -296,6 +297,22 @@ def test_a_verifier_that_raises_marks_that_completion_and_the_run_goes_on(tmp_pa
     assert sum(entry.get("verifier_errors", 0) for entry in made.state.log_history) == marked
     assert "completions could not be scored: fragile: ZeroDivisionError: by nothing" in caplog.text
     assert all(torch.isfinite(value).all() for value in weights(made).values())
+
+
+def test_the_completions_table_says_what_was_wrong(tmp_path):
+    async def fragile(completions, log_extra, **_):
+        log_extra("own", list(range(len(completions))))
+        if len(completions) > 1 or "#" not in completions[0][0]["content"]:
+            raise ValueError("no mark")
+        return [1.0]
+
+    trained(tmp_path, rewards=fragile, max_steps=2, max_completion_length=60, log_completions=True)
+    rows = [row for file in sorted(tmp_path.glob("completions/*.parquet")) for row in pq.read_table(file).to_pylist()]
+    assert len(rows) == 2 * 16
+    for row in rows:
+        failed = "#" not in row["completion"][0]["content"]
+        assert row["verifier_error"] == ("fragile: ValueError: no mark" if failed else None)
+    assert {row["verifier_error"] is None for row in rows} == {True, False}
 
 
 def test_a_verifier_that_always_raises_is_refused_at_once(tmp_path):
