@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from posttrain.models.logprobs import token_logprobs
+from posttrain.models.logprobs import in_float32, token_logprobs
 from posttrain.models.value import ValueModel, ValueModelConfig
 
 
@@ -51,8 +51,8 @@ class ActorCritic(nn.Module):
         before = actions.roll(-1, dims=1)  # the state before token t is that at token t - 1
         states = decoder(self.policy)(**inputs).last_hidden_state[before]
         logprobs = token_logprobs(self.policy, states, input_ids[actions])
-        values = self.critic.after(self.critic.backbone(**inputs).last_hidden_state[before])
-        return logprobs, values
+        values = in_float32(self.critic.head, self.critic.backbone(**inputs).last_hidden_state[before])
+        return logprobs, values.squeeze(-1)
 
 
 def decoder(policy: Any) -> Any:

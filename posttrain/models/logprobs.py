@@ -4,9 +4,11 @@ A bfloat16 logit is off by more than a token's log-ratio to its reference: the h
 model's precision. Backward recomputes a chunk's logits, so memory grows with the tokens, not with tokens times vocabulary.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -30,7 +32,7 @@ def token_logprobs(model: Any, states: Tensor, tokens: Tensor) -> Tensor:
 
 def _chunk(head: nn.Module, config: Any, states: Tensor, tokens: Tensor) -> Tensor:
     with torch.autocast(states.device.type, enabled=False):
-        logits = _logits(head, states)
+        logits = in_float32(head, states)
         logits = logits / getattr(config, "logits_scaling", 1.0)  # Granite
         logits = logits * getattr(config, "logit_scale", 1.0)  # Cohere
         cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
@@ -39,10 +41,21 @@ def _chunk(head: nn.Module, config: Any, states: Tensor, tokens: Tensor) -> Tens
         return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 
 
-def _logits(head: nn.Module, states: Tensor) -> Tensor:
-    """The head's product in float32. A head of lower precision is widened as it is called."""
-    weight = next(head.parameters())
-    if weight.dtype == torch.float32:
-        return head(states.float())
-    widened = {name: parameter.float() for name, parameter in head.named_parameters()}
-    return torch.func.functional_call(head, widened, (states.float(),))
+def in_float32(head: Any, states: Tensor) -> Tensor:
+    """A linear head's product in float32, whatever its own precision, and autocast's. The weight is widened inside the head's
+    own call, after whatever gathers it there."""
+    with torch.autocast(states.device.type, enabled=False):
+        if next(head.parameters()).dtype == torch.float32:
+            return head(states.float())
+        if type(head) is not nn.Linear:
+            widened = {name: parameter.float() for name, parameter in head.named_parameters()}
+            return torch.func.functional_call(head, widened, (states.float(),))
+        head.forward = partial(_wide_linear, head)  # type: ignore[method-assign]
+        try:
+            return head(states.float())
+        finally:
+            del head.forward
+
+
+def _wide_linear(head: nn.Linear, states: Tensor) -> Tensor:
+    return F.linear(states.float(), head.weight.float(), None if head.bias is None else head.bias.float())

@@ -211,6 +211,10 @@ class DQOTrainer(Trainer):
         count = sum(counts, start=torch.zeros((), dtype=torch.long))
         return batches, self.accelerator.gather(count.to(device)).sum()
 
+    def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """On the device, in float32 under DeepSpeed too, whose precision would round the reference's log-probabilities."""
+        return {name: tensor.to(self.args.device) for name, tensor in inputs.items()}
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Tensor | None = None
     ) -> Any:

@@ -1,5 +1,7 @@
 """Policy and value model in one forward."""
 
+import copy
+
 import torch
 
 from posttrain.models.actor_critic import ActorCritic, new_critic
@@ -51,3 +53,22 @@ def test_losses_of_one_do_not_reach_the_other():
     assert all(gradient is None for gradient in gradients)
     gradients = torch.autograd.grad(values.sum(), list(policy.parameters()), allow_unused=True)
     assert all(gradient is None for gradient in gradients)
+
+
+def test_the_heads_are_taken_in_float32_whatever_the_precision():
+    """What bfloat16 rounds is the states, and the weights where they are bfloat16; never a logit or a value."""
+    policy = copy.deepcopy(build_model("llama"))
+    critic = new_critic(policy, "reference")
+    torch.nn.init.normal_(critic.head.weight)
+    model, (ids, actions) = ActorCritic(policy, critic), batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        expect_float32(*model(ids, actions))
+    expect_float32(*model.bfloat16()(ids, actions))
+    sum(map(torch.sum, model(ids, actions))).backward()
+    assert all(head.weight.grad.abs().sum() > 0 for head in (policy.lm_head, critic.head))
+
+
+def expect_float32(*found):
+    for tensor in found:
+        assert tensor.dtype == torch.float32
+        assert not torch.equal(tensor, tensor.bfloat16().float())

@@ -1,6 +1,6 @@
 """Five steps of DQO on a small random model with tied embeddings; the launcher decides on how many ranks and under what ZeRO.
 
-accelerate launch --use_deepspeed --zero_stage 3 --num_processes 2 tests/trainers/ranks_dqo.py OUT
+accelerate launch --use_deepspeed --zero_stage 3 --num_processes 2 tests/trainers/ranks_dqo.py OUT [bf16]
 """
 
 import json
@@ -40,9 +40,9 @@ def examples() -> list[dict]:
     ]
 
 
-def trained(out: Path, rows: int, accumulation: int) -> DQOTrainer:
+def trained(out: Path, rows: int, accumulation: int, bf16: bool = False) -> DQOTrainer:
     """Every step takes eight examples, `rows` at a time on every rank; in the first only the value model learns."""
-    model = actor_critic()
+    model = actor_critic().bfloat16() if bf16 else actor_critic()
     data = labelled(model, examples(), "reference", out / "cache")
     arguments = DQOConfig(
         str(out / "run"),
@@ -58,6 +58,7 @@ def trained(out: Path, rows: int, accumulation: int) -> DQOTrainer:
         lam=0.9,
         beta=0.1,
         adam_epsilon=1e-3,  # where gradients are nearly zero Adam's steps are otherwise all sign and no size
+        bf16=bf16,
         use_cpu=True,
         disable_tqdm=True,
         save_strategy="steps",
@@ -69,7 +70,7 @@ def trained(out: Path, rows: int, accumulation: int) -> DQOTrainer:
 
 
 def main(out: Path) -> None:
-    trainer = trained(out, rows=2, accumulation=2)
+    trainer = trained(out, rows=2, accumulation=2, bf16="bf16" in sys.argv)
     trainer.save(out / "policy")
     if trainer.is_world_process_zero():
         wrapped = trainer.model_wrapped

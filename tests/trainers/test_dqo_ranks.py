@@ -40,19 +40,7 @@ def alone(tmp_path_factory):
 def test_two_ranks_give_the_models_of_one(tmp_path: Path, alone, engine: str, stage: int) -> None:
     if stage:
         pytest.importorskip("deepspeed")
-    port = str(free_port())
-    launch = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
-    if stage:
-        launch = ["accelerate.commands.launch", "--use_deepspeed", "--zero_stage", str(stage)]
-        launch += ["--num_processes", "2", "--main_process_port", port]
-    done = subprocess.run(
-        [sys.executable, "-m", *launch, str(Path(__file__).with_name("ranks_dqo.py")), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launched(tmp_path, stage)
     report = json.loads((tmp_path / "report.json").read_text())
     assert (report["ranks"], report["engine"], report["zero_stage"]) == (2, engine, stage)
 
@@ -62,6 +50,34 @@ def test_two_ranks_give_the_models_of_one(tmp_path: Path, alone, engine: str, st
     for folder in (tmp_path / "policy", tmp_path / "run" / "checkpoint-5"):
         expect_close(transformers.AutoModelForCausalLM.from_pretrained(folder), alone.model.policy)
         expect_close(ValueModel.from_pretrained(folder / "critic"), alone.model.critic)
+
+
+@pytest.mark.deepspeed
+def test_bfloat16_weights_under_zero_3_have_float32_heads(tmp_path: Path, alone) -> None:
+    """The heads' weights are widened where they are gathered, and the reference is not rounded."""
+    pytest.importorskip("deepspeed")
+    launched(tmp_path, 3, "--mixed_precision", "bf16")
+    log = json.loads((tmp_path / "report.json").read_text())["log"]
+    losses = [entry["loss"] for entry in alone.state.log_history if "loss" in entry]
+    assert [entry["loss"] for entry in log] == pytest.approx(losses, rel=0.2)
+    assert abs(log[0]["log_ratio_right"]) < 0.1
+
+
+def launched(out: Path, stage: int, *options: str) -> None:
+    port = str(free_port())
+    launch = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
+    if stage:
+        launch = ["accelerate.commands.launch", "--use_deepspeed", "--zero_stage", str(stage), *options]
+        launch += ["--num_processes", "2", "--main_process_port", port]
+    script = Path(__file__).with_name("ranks_dqo.py")
+    done = subprocess.run(
+        [sys.executable, "-m", *launch, str(script), str(out), *options[1:]],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def expect_close(found: torch.nn.Module, expected: torch.nn.Module) -> None:
