@@ -1,6 +1,5 @@
 """The process that serves: its socket, and how it ends."""
 
-import ipaddress
 import signal
 import socket
 from collections.abc import Callable
@@ -9,21 +8,15 @@ import uvicorn
 from fastapi import FastAPI
 
 from posttrain.errors import UserError
+from posttrain.serving.gate import is_local
 
 
 def check_open(host: str, key: str | None) -> None:
     """Errors: UserError for an empty key, and for an address that others can reach without one."""
     if key is not None and not key.strip():
         raise UserError("api-key: is empty; give one, or leave it out and serve this machine only")
-    if key is None and not _local(host):
+    if key is None and not is_local(host):
         raise UserError(f"host: {host} can be reached by others; give --api-key, or POSTTRAIN_API_KEY, or 127.0.0.1")
-
-
-def _local(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def bind(host: str, port: int) -> socket.socket:
