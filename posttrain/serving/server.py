@@ -10,6 +10,8 @@ from fastapi import FastAPI
 from posttrain.errors import UserError
 from posttrain.serving.gate import is_local
 
+KEEP_ALIVE = 75  # seconds; longer than clients keep idle connections, or one would send a request into a closed one
+
 
 def check_open(host: str, key: str | None) -> None:
     """Errors: UserError for an empty key, and for an address that others can reach without one."""
@@ -49,7 +51,12 @@ def serve(app: FastAPI, bound: socket.socket, drain: int, say: Callable[[str], N
     host, port = bound.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=drain
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE,
+        timeout_graceful_shutdown=drain,
     )
     server = _Server(config, lambda: say(f"ready: http://{shown}:{port}"))
     # uvicorn raises the signal once more when all is done, for whoever it was meant for: a drained server has ended well.
