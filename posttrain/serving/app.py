@@ -31,7 +31,7 @@ from posttrain.serving.answers import (
     usage_of,
 )
 from posttrain.serving.catalogue import Catalogue
-from posttrain.serving.errors import ApiError, json_response
+from posttrain.serving.errors import ApiError, ErrorBody, json_response
 from posttrain.serving.exchange import Exchange
 from posttrain.serving.gate import Gate
 from posttrain.serving.metrics import Metrics
@@ -221,7 +221,8 @@ def create_app(catalogue: Catalogue, key: str | None = None) -> FastAPI:
         finally:
             await asyncio.to_thread(service.worker.stop)
 
-    app = FastAPI(title="posttrain", lifespan=lifespan, docs_url=None, redoc_url=None)
+    refused: dict[int | str, Json] = {"4XX": {"description": "Refused", "model": ErrorBody}}
+    app = FastAPI(title="posttrain", lifespan=lifespan, docs_url=None, redoc_url=None, responses=refused)
     app.state.service = service
 
     @app.post("/v1/chat/completions")

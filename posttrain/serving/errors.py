@@ -4,11 +4,25 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import BaseModel
 from starlette.responses import Response
 
 from posttrain.errors import UserError
 
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """For the OpenAPI document."""
+
+    error: ErrorDetail
 
 
 class ApiError(Exception):

@@ -1,6 +1,8 @@
 """What stands before every route: the key, the size of the body, and the count of answers."""
 
 import hmac
+import ipaddress
+import re
 import time
 from collections.abc import Callable
 
@@ -13,8 +15,17 @@ OPEN = "/health"
 FLUSHED = 64 << 20  # bytes of a body too large that are read and thrown away, so that its sender hears why
 
 
+def is_local(host: str) -> bool:
+    """Whether a name or address is this machine's own, whoever resolves it."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 class Gate:
-    """ASGI. key: what clients must bring as `Authorization: Bearer KEY`, everywhere but at `/health`; None: nothing."""
+    """ASGI. key: what clients must bring as `Authorization: Bearer KEY`, everywhere but at `/health`; None: nothing, but they
+    must have asked for this machine by a name of its own: a web page can point a name of its own at it, too."""
 
     def __init__(
         self, app: ASGIApp, key: str | None, body: int, metrics: Metrics, known: Callable[[str], bool]
@@ -47,9 +58,15 @@ class Gate:
         self.metrics.seconds.labels(path).observe(time.perf_counter() - start)
 
     def _check_key(self, scope: Scope) -> None:
-        if self.key is None or scope["path"] == OPEN:
+        if scope["path"] == OPEN:
             return
-        given = dict(scope["headers"]).get(b"authorization", b"")
+        headers = dict(scope["headers"])
+        if self.key is None:
+            host = headers.get(b"host", b"").decode("latin-1")
+            if not is_local(re.sub(r":\d*$", "", host).strip("[]")):
+                raise ApiError(403, "host: a server without a key answers to localhost only", code="host_not_local")
+            return
+        given = headers.get(b"authorization", b"")
         if not hmac.compare_digest(given, self.key):
             raise ApiError(
                 401,

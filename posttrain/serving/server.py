@@ -1,6 +1,5 @@
 """The process that serves: its socket, and how it ends."""
 
-import ipaddress
 import signal
 import socket
 from collections.abc import Callable
@@ -9,21 +8,17 @@ import uvicorn
 from fastapi import FastAPI
 
 from posttrain.errors import UserError
+from posttrain.serving.gate import is_local
+
+KEEP_ALIVE = 75  # seconds; longer than clients keep idle connections, or one would send a request into a closed one
 
 
 def check_open(host: str, key: str | None) -> None:
     """Errors: UserError for an empty key, and for an address that others can reach without one."""
     if key is not None and not key.strip():
         raise UserError("api-key: is empty; give one, or leave it out and serve this machine only")
-    if key is None and not _local(host):
+    if key is None and not is_local(host):
         raise UserError(f"host: {host} can be reached by others; give --api-key, or POSTTRAIN_API_KEY, or 127.0.0.1")
-
-
-def _local(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -56,7 +51,12 @@ def serve(app: FastAPI, bound: socket.socket, drain: int, say: Callable[[str], N
     host, port = bound.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=drain
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE,
+        timeout_graceful_shutdown=drain,
     )
     server = _Server(config, lambda: say(f"ready: http://{shown}:{port}"))
     # uvicorn raises the signal once more when all is done, for whoever it was meant for: a drained server has ended well.

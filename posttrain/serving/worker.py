@@ -46,13 +46,21 @@ class Worker:
 
     def __init__(self, engine: TransformersEngine) -> None:
         self.engine = engine
-        self.running = 0  # for whoever looks: requests in slots, and in line for one
-        self.waiting = 0
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._line: dict[int, Job] = {}
         self._jobs: dict[int, Job] = {}
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def running(self) -> int:
+        """Requests in slots."""
+        return len(self._jobs)
+
+    @property
+    def waiting(self) -> int:
+        """Requests in line for one."""
+        return len(self._line)
 
     @property
     def alive(self) -> bool:
@@ -102,7 +110,6 @@ class Worker:
                 self._batch = Batch(self.engine)
                 lost, self._jobs = self._jobs, {}
                 self._say((job.listener, error) for job in lost.values())
-            self.running, self.waiting = len(self._jobs), len(self._line)
         self._batch.close()
 
     def _read_inbox(self) -> None:

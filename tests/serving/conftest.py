@@ -58,7 +58,9 @@ def catalogue(policy: Policy, folders: SimpleNamespace) -> Catalogue:
 def serving(catalogue: Catalogue, key: str | None = KEY) -> Iterator[SimpleNamespace]:
     """A server on a thread: its url, its service, and `stop`, which drains."""
     app = create_app(catalogue, key)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=20))
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_level="warning", timeout_keep_alive=75, timeout_graceful_shutdown=20)
+    )
     with socket.create_server(("127.0.0.1", 0)) as bound:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()

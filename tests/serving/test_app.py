@@ -17,6 +17,13 @@ LONG = {"model": "tiny", "prompt": "1", "n": 8, "max_tokens": 60, "temperature":
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
 
 
+@pytest.fixture(scope="module")
+def open_server(policy):
+    """Without a key, a guide or a probe."""
+    with serving(Catalogue(policy, slots=2), key=None) as running:
+        yield running
+
+
 def is_error_object(answer):
     error = answer.json()["error"]
     return set(error) == {"message", "type", "param", "code"} and error["message"] and "Traceback" not in answer.text
@@ -158,8 +165,9 @@ def test_metrics_count(http):
 
 
 def test_the_openapi_document_knows_our_fields(http):
-    schemas = http.get("/openapi.json").json()["components"]["schemas"]
-    assert {"guidance", "rerank"} <= set(schemas["ChatRequest"]["properties"])
+    document = http.get("/openapi.json").json()
+    assert {"guidance", "rerank"} <= set(document["components"]["schemas"]["ChatRequest"]["properties"])
+    assert set(document["paths"][CHAT]["post"]["responses"]) == {"200", "4XX"}
 
 
 def test_requests_join_while_others_run(server, http, slowly):
@@ -242,10 +250,24 @@ def test_a_server_that_ends_finishes_what_has_begun(catalogue, slowly):
         ({"rerank": {"k": 2}}, 400, "probe: this server has none"),
     ],
 )
-def test_a_server_without_a_guide_says_so(policy, field, status, message):
-    with serving(Catalogue(policy, slots=2), key=None) as running:
-        answer = httpx.post(running.url + CHAT, json={**ASKED, **field})
-        assert answer.status_code == status and answer.json()["error"]["message"].startswith(message)
+def test_a_server_without_a_guide_says_so(open_server, field, status, message):
+    answer = httpx.post(open_server.url + CHAT, json={**ASKED, **field})
+    assert answer.status_code == status and answer.json()["error"]["message"].startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost:80", 200),
+        ("127.0.0.1", 200),
+        ("[::1]:8000", 200),
+        ("evil.example", 403),
+        ("localhost.evil.example:80", 403),
+    ],
+)
+def test_a_server_without_a_key_is_nobody_else_s(open_server, host, status):
+    answer = httpx.get(f"{open_server.url}/v1/models", headers={"Host": host})
+    assert answer.status_code == status
 
 
 @pytest.mark.parametrize("name", ["requests", "completions", "body"])
