@@ -265,7 +265,7 @@ class Batch:
         scores = self.law.scale(logits[:, -1])
         uniforms = None if self.law.all_greedy else noise(self.seeds, self.positions - self.starts)
         # float64 holds ids and float32 log-probabilities exactly.
-        columns = None
+        sampled_from, columns = scores, None
         if self.guide is None:
             self.tokens, logprobs = self.law.draw(scores, uniforms)
             outcome = [self.tokens.double(), logprobs.double()]
@@ -275,7 +275,7 @@ class Batch:
             self.tokens = drawn if guided.ids is None else guided.ids.gather(1, drawn.unsqueeze(1)).squeeze(1)
             reference = scores.gather(1, self.tokens.unsqueeze(1)).squeeze(1) - guided.total
             outcome = [self.tokens.double(), logprobs.double(), guided.kl, (logprobs - reference).double()]
-            scores, columns = guided.scores, guided.ids
+            sampled_from, columns = guided.scores, guided.ids
         self.positions = self.positions + 1
         sampled, sampled_logprobs, *shifts = torch.stack(outcome).tolist()
         if math.isnan(sum(sampled_logprobs)):
@@ -287,7 +287,7 @@ class Batch:
                 if row.request.beta is not None:
                     row.kl += row_kl
                     row.log_ratio += log_ratio
-        self._note_tops(scores, columns)
+        self._note_tops(sampled_from, columns)
         finished = []
         for slot, (row, token, logprob) in enumerate(zip(self.rows, sampled, sampled_logprobs, strict=True)):
             row.ids.append(int(token))
