@@ -45,15 +45,17 @@ class DQOTraining:
     beta: float = field(default=0.03, metadata={"help": "KL coefficient, in units of the reward"})
     lam: float = field(default=1.0, metadata={"help": "of the lambda-returns; 1 never bootstraps"})
     importance_cap: float | None = field(default=math.e, metadata={"help": "cap of a completion's weight pi / mu"})
-    normalisation: Literal["token", "seq"] = field(default="token", metadata={"help": "what a loss is a mean over"})
+    normalisation: Literal["token", "seq"] = field(
+        default="seq", metadata={"help": "what a loss is a mean over: token, or of each completion first"}
+    )
     full_gradient: bool = field(default=False, metadata={"help": "differentiate the returns too"})
     process: Literal["additive", "shaping"] = field(
         default="additive",
         metadata={"help": "what scores of steps are, where the table has any: rewards, or a potential"},
     )
     process_scale: float = field(default=1.0, metadata={"help": "of those scores"})
-    learning_rate: float = field(default=3e-4, metadata={"help": "of the policy, AdamW"})
-    value_learning_rate: float = field(default=1e-3, metadata={"help": "of the value model"})
+    learning_rate: float = field(default=2e-4, metadata={"help": "of the policy, AdamW"})
+    value_learning_rate: float = field(default=3e-4, metadata={"help": "of the value model"})
     critic_warmup_steps: int = field(default=10, metadata={"help": "steps in which only the value model learns"})
     epochs: float = field(default=1.0, metadata={"help": "passes over the completions"})
     batch_size: int = field(default=32, metadata={"help": "completions per forward and device"})

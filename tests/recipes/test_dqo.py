@@ -9,8 +9,9 @@ from posttrain.config import build, read_yaml
 from posttrain.evaluation.intervals import paired_comparison
 from posttrain.pipelines.dqo import DQORunConfig, run
 
-# Of the mean length, at most. Careful writers, who are right, write a sixth more than hurried ones: to learn from them alone adds 5 %.
-LONGER = 1.05
+# Of the mean length, at most. Careful writers, who are right, write a sixth more than hurried ones: whoever is right as often as
+# they are writes 5 or 6 % more than the base.
+LONGER = 1.08
 
 
 @pytest.mark.slow
