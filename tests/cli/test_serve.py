@@ -47,6 +47,6 @@ def test_a_server_says_when_it_is_ready_and_ends_well_on_sigterm():
             with urllib.request.urlopen(urllib.request.Request(f"{url}/v1/completions", body, headers)) as answer:
                 assert len(json.load(answer)["choices"]) == 1
             process.send_signal(signal.SIGTERM)
-            assert process.wait(20) == 0 and process.stderr.read() == ""
+            assert process.wait(60) == 0 and process.stderr.read() == ""
         finally:
             process.kill()
