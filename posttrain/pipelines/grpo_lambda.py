@@ -89,18 +89,18 @@ class GRPOLambdaTraining:
     def __post_init__(self) -> None:
         for name in ("steps", "prompts_per_step", "samples", "batch_size"):
             if getattr(self, name) < 1:
-                raise UserError(f"training.{name}: must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"{name}: must be at least 1, got {getattr(self, name)}")
         if self.samples < 2:
-            raise UserError("training.samples: must be at least 2; a completion is compared with its group")
+            raise UserError("samples: must be at least 2; a completion is compared with its group")
         if self.prompts_per_step * self.samples % self.batch_size:
             raise UserError(
-                f"training.batch_size: must divide prompts_per_step * samples, {self.prompts_per_step * self.samples}, "
+                f"batch_size: must divide prompts_per_step * samples, {self.prompts_per_step * self.samples}, "
                 f"got {self.batch_size}"
             )
         if self.lora_rank < 0:
-            raise UserError(f"training.lora_rank: must not be negative, got {self.lora_rank}")
+            raise UserError(f"lora_rank: must not be negative, got {self.lora_rank}")
         if not isinstance(self.trl, dict):
-            raise UserError(f"training.trl: must be a mapping, got {self.trl!r}")
+            raise UserError(f"trl: must be a mapping, got {self.trl!r}")
 
 
 @dataclass(frozen=True)
