@@ -5,11 +5,12 @@ import math
 
 import pytest
 import torch
+from transformers import MambaConfig, MambaForCausalLM
 
 from posttrain.errors import UserError
 from posttrain.models.actor_critic import ActorCritic, new_critic
 from posttrain.objectives.dqo import importance_weights, kl_rewards, lambda_returns, policy_loss, value_loss
-from posttrain.trainers.dqo import DQOConfig, DQOTrainer, collate, labelled
+from posttrain.trainers.dqo import DQOConfig, DQOTrainer, collate, labelled, packed
 from tests.small_models import build_model
 
 
@@ -37,8 +38,8 @@ def examples(count=8):
     return made
 
 
-def actor_critic():
-    policy = copy.deepcopy(build_model("llama"))
+def actor_critic(family="llama"):
+    policy = copy.deepcopy(build_model(family))
     critic = new_critic(policy, "reference")
     torch.manual_seed(1)
     torch.nn.init.normal_(critic.head.weight, std=0.05)
@@ -84,12 +85,13 @@ def by_hand(model, batch, args):
     )
 
 
+@pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("normalisation", ["token", "seq"])
 @pytest.mark.parametrize("lam", [1.0, 0.9])
-def test_the_first_step_is_the_objective_s(tmp_path, normalisation, lam):
+def test_the_first_step_is_the_objective_s(tmp_path, normalisation, lam, packing):
     model = actor_critic()
     data = labelled(model, examples(), "reference", tmp_path)
-    args = arguments(tmp_path / "run", normalisation=normalisation, lam=lam)
+    args = arguments(tmp_path / "run", normalisation=normalisation, lam=lam, packing=packing)
     trainer = DQOTrainer(model, args, data)
     batch = collate(data)
     model.train()
@@ -101,6 +103,39 @@ def test_the_first_step_is_the_objective_s(tmp_path, normalisation, lam):
     for mine, other in zip(ours, theirs, strict=True):
         if other is not None:
             torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
+@pytest.mark.parametrize("lam", [1.0, 0.9])
+def test_packed_rows_have_the_loss_and_gradients_of_padded_ones(tmp_path, lam, family):
+    model = actor_critic(family)
+    data = labelled(model, examples(), "reference", tmp_path)
+    losses, gradients = [], []
+    for packing in (False, True):
+        trainer = DQOTrainer(model, arguments(tmp_path / "run", lam=lam, packing=packing), data)
+        losses.append(trainer.compute_loss(model, collate(data)))
+        gradients.append(torch.autograd.grad(losses[-1], list(model.parameters()), allow_unused=True))
+    torch.testing.assert_close(losses[1], losses[0], atol=1e-6, rtol=1e-5)
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-3)
+
+
+def test_packing_takes_one_row_without_padding():
+    batch = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 0]]), "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}
+    found = packed(actions=torch.tensor([[False, True, True], [False, True, False]]), **batch)
+    assert found["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
+    assert found["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    assert found["actions"].tolist() == [[False, True, True, False, True]]
+
+
+def test_a_model_that_mixes_packed_rows_is_refused(tmp_path):
+    """A state-space model reads on over the end of a row."""
+    torch.manual_seed(0)
+    policy = MambaForCausalLM(MambaConfig(vocab_size=101, hidden_size=16, num_hidden_layers=1, state_size=4)).eval()
+    model = ActorCritic(policy, new_critic(policy, "reference"))
+    data = labelled(model, examples(), "reference", tmp_path)
+    with pytest.raises(UserError, match="packing: a token's log-probability differs by .* leave packing out"):
+        DQOTrainer(model, arguments(tmp_path / "run", packing=True), data).train()
 
 
 @pytest.mark.parametrize("normalisation", ["token", "seq"])
@@ -115,6 +150,7 @@ def test_accumulation_is_one_batch(tmp_path, normalisation):
             gradient_accumulation_steps=accumulation,
             num_train_epochs=3,
             normalisation=normalisation,
+            packing=accumulation > 1,
             optim="sgd",  # Adam's first steps are signs, which rounding can turn
         )
         DQOTrainer(model, args, data).train()
@@ -221,6 +257,7 @@ def test_what_is_logged(tmp_path):
         ({"importance_cap": 0.0}, "importance_cap: must be positive"),
         ({"normalisation": "batch"}, "normalisation: must be token or seq, got 'batch'"),
         ({"critic_warmup_steps": -1}, "critic_warmup_steps: must not be negative"),
+        ({"value_layers": 0}, "value_layers: must be at least 1, got 0"),
     ],
 )
 def test_settings_are_checked(tmp_path, changes, message):
