@@ -406,10 +406,12 @@ def _adapt(model: ActorCritic, peft_config: Any, value_peft_config: Any, args: D
 
 
 def _frozen_layers(backbone: Any, trained: int | None) -> int:
+    if trained is None:
+        return 0
     layers = backbone.config.num_hidden_layers
-    if trained is not None and trained > layers:
+    if trained > layers:
         raise UserError(f"value_layers: the value model has {layers} layers, got {trained}")
-    return 0 if trained is None else layers - trained
+    return layers - trained
 
 
 def _freeze_below(backbone: Any, layer: int) -> None:
