@@ -1,305 +1,297 @@
-"""Step time and peak memory of DQOTrainer against TRL's SFTTrainer and DPOTrainer on the same tokens.
+"""What a step of DQO costs: time and peak memory beside TRL's SFTTrainer and DPOTrainer, on the same tokens and the same model.
 
-    python benchmarks/dqo_step.py [--quick] [--vocab 1000 150000] [--arms sft dqo ...] [--device cuda]
+    python -m benchmarks.dqo_step [--vocab 1000 150000] [--hidden 256] [--layers 8] [--rows 4] [--time 128] [--repeats 3]
 
-A random Llama, rows of the same length, one optimizer step each; no row is padded, no reference is computed during a step (DPO's
-and DQO's log-probabilities are computed before). Every arm has a process of its own, started anew for every repeat, the repeats
-interleaved: time is the median of its steps without the first two, memory the most that it ever held (of the process, on a CPU
-above what it held before training; of the allocator on a GPU). Ratios are to SFT in the same repeat, full to full and LoRA to
-LoRA; medians over repeats, with their range.
+A random Llama (on a GPU, by default, one of half a billion parameters) learns from rows of `time` tokens, a quarter of them
+prompt; DPO gets the same rows as pairs, and runs its reference too. Arms are interleaved; a ratio is the median over repeats,
+with its range, to SFT of the same kind (full, or LoRA of rank 16).
 
-Reckoned bound of the time, in products of a token with the weights: a full SFT step has 3 of body and head each (forward,
-two of backward), one of LoRA 2. DQO adds the value model's body, full or LoRA; an upper-layer critic has no backward below its
-first trained layer. With a trained head backward computes the logits again, which the bound leaves out: it buys that no
-[tokens, vocabulary] tensor exists, and weighs most where the head is most of the model.
+`bound` is what the ratio would be if only products with weights counted: a forward costs b in the body and h in the head (of
+completions' tokens), a backward as much again for the states and for weights that learn; so full SFT costs 3 (b + h), LoRA
+2 (b + h), and a critic, which has no head, 3 b, or 2 b with adapters; the layers below the last ones that learn, b alone. Memory
+is the peak of a process of its own, beyond what it held before the model was made.
 """
 
 import argparse
+import copy
 import json
-import multiprocessing
+import logging
 import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from datasets import Dataset
-from peft import LoraConfig
+import transformers
 from rich.console import Console
 from rich.table import Table
-from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from transformers import PrinterCallback, TrainerCallback
 
 from posttrain.models.actor_critic import ActorCritic, new_critic
-from posttrain.models.load import load_model
+from posttrain.trainers.baselines import IGNORED
 from posttrain.trainers.dqo import DQOConfig, DQOTrainer, labelled
 
-FULL = ("sft", "dpo", "dqo", "dqo, lora critic", "dqo, upper critic", "dqo, no critic")
-LORA = ("lora sft", "lora dpo", "lora dqo", "lora dqo, upper critic", "lora dqo, no critic")
-ARMS = (*FULL, *LORA)
-ADAPTED = ("dqo, lora critic", "lora dqo", "lora dqo, upper critic")  # whose value model has adapters
-SIZES = {  # hidden, intermediate, layers, heads
-    "quick": (64, 172, 4, 4),
-    "small": (256, 688, 8, 4),
-    "0.5b": (1024, 2816, 24, 16),
-}
+WIDTH = 120
+WARM_UP = 1  # a trainer's first step makes the optimizer's state
+RANK = 16
+ARMS = (
+    *("SFT", "DPO", "DQO", "DQO, LoRA critic", "DQO, critic's upper half", "DQO, no critic"),
+    *("SFT, LoRA", "DPO, LoRA", "DQO, LoRA", "DQO, LoRA, critic's upper half", "DQO, LoRA, no critic"),
+)
 
 
-def llama(size: str, vocab: int) -> Any:
-    hidden, intermediate, layers, heads = SIZES[size]
+def random_llama(args: argparse.Namespace, vocab: int) -> Any:
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        max_position_embeddings=4096,
+        hidden_size=args.hidden,
+        intermediate_size=args.hidden * 8 // 3 // 16 * 16,
+        num_hidden_layers=args.layers,
+        num_attention_heads=max(1, args.hidden // 64),
+        num_key_value_heads=max(1, args.hidden // 64),
+        max_position_embeddings=args.time,
         tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
     )
-    return LlamaForCausalLM(config)
+    return transformers.LlamaForCausalLM(config).to(args.device)
 
 
-def bound(arm: str, size: str, vocab: int, upper: int) -> float:
-    """Products with weights of a step of the arm, over those of SFT; attention's own, which both have alike, left out."""
-    hidden, intermediate, layers, _ = SIZES[size]
-    body, head = layers * (4 * hidden**2 + 3 * hidden * intermediate), hidden * vocab
-    trained = 2 if arm.startswith("lora") else 3  # forward and what of backward there is
-    sft = trained * (body + head)
-    if "sft" in arm or "dpo" in arm:
-        return 1.0
-    kinds = {"no critic": 0.0, "upper critic": 1 + (trained - 1) * upper / layers, "lora critic": 2.0}
-    return (sft + kinds.get(arm.partition(", ")[2], trained) * body) / sft
+def rows_of(args: argparse.Namespace, vocab: int) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(0)
+    first = args.time // 4
+    steps = WARM_UP + args.steps
+    ids = torch.randint(3, vocab, (args.rows * steps, args.time), generator=generator).tolist()
+    return [
+        {"input_ids": row, "first": first, "reward": float(i % 2), "prompt_id": str(i)} for i, row in enumerate(ids)
+    ]
 
 
-class Clock(TrainerCallback):
-    """Seconds of each step."""
+class StepTimes(TrainerCallback):
+    """Seconds of every step."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.started = now()
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.started = now(args.device)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds.append(now() - self.started)
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.seconds.append(now(args.device) - self.started)
 
 
-def now() -> float:
-    if torch.cuda.is_initialized():
+def now(device: torch.device) -> float:
+    if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def run(arm: str, options: argparse.Namespace, vocab: int, folder: Path) -> dict[str, float]:
-    """One arm, in a process of its own."""
-    model = llama(options.size, vocab).to(options.device)
-    rows, length, prompt = options.rows, options.length, options.length // 4
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(2, vocab, (rows * options.steps, length), generator=generator).tolist()
-    settings = {
+def make(arm: str, args: argparse.Namespace, vocab: int, folder: Path) -> Any:
+    """The arm's trainer, of a fresh model."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+    model, rows = random_llama(args, vocab), rows_of(args, vocab)
+    method, *how = arm.split(", ")
+    lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear") if "LoRA" in how else None
+    common = {
         "output_dir": str(folder),
-        "max_steps": options.steps,
-        "per_device_train_batch_size": rows // 2 if "dpo" in arm else rows,  # pairs
-        "use_cpu": options.device == "cpu",
-        "bf16": options.bf16,
+        "max_steps": WARM_UP + args.steps,
+        "per_device_train_batch_size": args.rows // 2 if method == "DPO" else args.rows,
+        "learning_rate": 1e-4,
+        "bf16": args.bf16,
+        "gradient_checkpointing": False,
+        "use_cpu": args.device == "cpu",
         "save_strategy": "no",
+        "logging_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        "gradient_checkpointing": False,
-        "logging_strategy": "no",
-        "learning_rate": 1e-5,
         "dataloader_pin_memory": False,
     }
-    clock = Clock()
-    trainer = trainer_of(arm, model, ids, prompt, settings, folder, options.upper)
-    trainer.add_callback(clock)
-    trainer.remove_callback(PrinterCallback)
-    if options.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    before = resident()
-    trainer.train()
-    peak = torch.cuda.max_memory_allocated() if options.device == "cuda" else peak_resident() - before
-    return {"seconds": statistics.median(clock.seconds[2:]), "bytes": float(peak)}
-
-
-def trainer_of(
-    arm: str, model: Any, ids: list[list[int]], prompt: int, settings: dict[str, Any], folder: Path, upper: int
-) -> Any:
-    lora = LoraConfig(r=16, target_modules="all-linear") if arm.startswith("lora") else None
-    if "dqo" in arm:
-        return dqo_trainer(arm, model, ids, prompt, settings, folder, lora, upper)
-
-    def of_ids(trainer: type) -> Any:
-        return type(trainer.__name__, (trainer,), {"_prepare_dataset": lambda self, dataset, *_: dataset})
-
-    tokenizer = a_tokenizer()
-    if "sft" in arm:
-        data = [{"input_ids": row, "completion_mask": [0] * prompt + [1] * (len(row) - prompt)} for row in ids]
-        arguments = SFTConfig(**settings, max_length=None)
-        return of_ids(SFTTrainer)(
-            model, arguments, train_dataset=Dataset.from_list(data), processing_class=tokenizer, peft_config=lora
-        )
-    pairs = [
-        {"prompt_ids": one[:prompt], "chosen_ids": one[prompt:], "rejected_ids": other[prompt:]}
-        for one, other in zip(ids[::2], ids[1::2], strict=True)
-    ]
-    arguments = DPOConfig(**settings, max_length=None, precompute_ref_log_probs=True)
-    return of_ids(DPOTrainer)(
-        model, None, arguments, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer, peft_config=lora
-    )
-
-
-def dqo_trainer(
-    arm: str,
-    model: Any,
-    ids: list[list[int]],
-    prompt: int,
-    settings: dict[str, Any],
-    folder: Path,
-    lora: Any,
-    upper: int,
-) -> Any:
-    actor_critic = ActorCritic(model, new_critic(model, "benchmark", shared=lora is not None))
-    examples: list[Any] = [
-        {
-            "input_ids": row,
-            "first": prompt,
-            "reward": float(i % 2),
-            "process_rewards": None,
-            "behaviour_logprobs": None,
-            "truncated": False,
-            "prompt_id": str(i),
-        }
-        for i, row in enumerate(ids)
-    ]
-    data = labelled(actor_critic, examples, "benchmark", folder / "cache", settings["per_device_train_batch_size"])
-    if "no critic" in arm:
-        actor_critic.critic = NoCritic(model.config.hidden_size).to(model.device)
-    arguments = DQOConfig(
-        **settings,
-        train_sampling_strategy="random",
-        value_layers=upper if "upper" in arm else None,
-    )
-    of_critic = LoraConfig(r=16, target_modules="all-linear") if arm in ADAPTED else None
-    return DQOTrainer(actor_critic, arguments, data, peft_config=lora, value_peft_config=of_critic)
-
-
-class NoCritic(torch.nn.Module):
-    """A head on nothing: what is left of a step without the value model's body."""
-
-    def __init__(self, hidden: int) -> None:
-        super().__init__()
-        self.backbone, self.head = Zeros(hidden), torch.nn.Linear(hidden, 1)
-
-
-class Zeros(torch.nn.Module):
-    def __init__(self, hidden: int) -> None:
-        super().__init__()
-        self.hidden = hidden
-
-    def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
-        return SimpleNamespace(last_hidden_state=torch.zeros(*input_ids.shape, self.hidden, device=input_ids.device))
-
-
-def a_tokenizer() -> Any:
-    """Any will do, for what it pads with: the rows have ids already."""
-    return load_model("tiny", "cpu").tokenizer
-
-
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def peak_resident() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def measured(arm: str, vocab: int, options: argparse.Namespace) -> dict[str, float]:
-    """In a process of its own: one that has imported everything already, where no GPU forbids that."""
-    context = multiprocessing.get_context("fork" if options.device == "cpu" else "spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        worker = context.Process(target=write_run, args=(arm, options, vocab, Path(folder)))
-        worker.start()
-        worker.join()
-        if worker.exitcode:
-            raise SystemExit(f"{arm}: its process ended with {worker.exitcode}")
-        return dict(json.loads((Path(folder) / "run.json").read_text()))
-
-
-def write_run(arm: str, options: argparse.Namespace, vocab: int, folder: Path) -> None:
-    torch.set_num_threads(options.threads)
-    (folder / "run.json").write_text(json.dumps(run(arm, options, vocab, folder)))
-
-
-def show(found: dict[tuple[str, int], list[dict[str, float]]], options: argparse.Namespace) -> None:
-    where = torch.cuda.get_device_name() if options.device == "cuda" else f"cpu, {options.threads} threads"
-    title = f"{options.size} Llama, {where}; {options.rows} rows of {options.length} tokens; {options.repeats} repeats"
-    table = Table(title=title)
-    for column in ("vocab", "arm", "s/step", "of SFT", "range", "bound", "of bound", "peak MiB", "of SFT"):
-        table.add_column(column, justify="left" if column == "arm" else "right")
-    for (arm, vocab), runs in found.items():
-        base = found.get(("lora sft" if arm.startswith("lora") else "sft", vocab), [])
-        row = [str(vocab), arm, f"{statistics.median(run['seconds'] for run in runs):.3f}"]
-        megabytes = f"{statistics.median(run['bytes'] for run in runs) / 2**20:.0f}"
-        if base:
-            ratios = [run["seconds"] / other["seconds"] for run, other in zip(runs, base, strict=True)]
-            memory = statistics.median(run["bytes"] / other["bytes"] for run, other in zip(runs, base, strict=True))
-            reckoned = bound(arm, options.size, vocab, options.upper)
-            ratio = statistics.median(ratios)
-            row += [
-                f"{ratio:.2f}",
-                f"{min(ratios):.2f}-{max(ratios):.2f}",
-                f"{reckoned:.2f}",
-                f"{ratio / reckoned:.2f}",
+    if method == "SFT":
+        data = Dataset.from_list(
+            [
+                {"input_ids": row["input_ids"], "labels": [IGNORED] * row["first"] + row["input_ids"][row["first"] :]}
+                for row in rows
             ]
-            row += [megabytes, f"{memory:.2f}"]
-        else:
-            row += ["", "", "", "", megabytes, ""]
-        table.add_row(*row)
-    Console(width=120).print(table)
+        )
+        return SFTTrainer(
+            model,
+            SFTConfig(**common, max_length=None),
+            train_dataset=data,
+            processing_class=no_text(),
+            peft_config=lora,
+        )
+    if method == "DPO":
+        first = rows[0]["first"]
+        data = Dataset.from_list(
+            [
+                {
+                    "prompt_ids": a["input_ids"][:first],
+                    "chosen_ids": a["input_ids"][first:],
+                    "rejected_ids": b["input_ids"][first:],
+                }
+                for a, b in zip(rows[::2], rows[1::2], strict=True)
+            ]
+        )
+        of_ids = type("DPOTrainer", (DPOTrainer,), {"_prepare_dataset": lambda self, dataset, *_: dataset})
+        reference = None if lora else copy.deepcopy(model)
+        arguments = DPOConfig(**common, max_length=None)
+        return of_ids(model, reference, arguments, train_dataset=data, processing_class=no_text(), peft_config=lora)
+    if "no critic" in how:
+        critic = new_critic(transformers.LlamaForCausalLM(bodiless(model.config)).to(args.device), "benchmark")
+        value_lora = None
+    else:
+        value_lora = lora or (LoraConfig(r=RANK, target_modules="all-linear") if "LoRA critic" in how else None)
+        critic = new_critic(model, "benchmark", shared=lora is not None)
+    pair = ActorCritic(model, critic)
+    unlabelled: list[Any] = [
+        {**row, "process_rewards": None, "behaviour_logprobs": None, "truncated": False} for row in rows
+    ]
+    examples = labelled(pair, unlabelled, f"{args.hidden}-{args.layers}-{vocab}", folder / "cache")
+    upper = args.layers // 2 if "critic's upper half" in how else None
+    return DQOTrainer(
+        pair, DQOConfig(**common, value_layers=upper), examples, peft_config=lora, value_peft_config=value_lora
+    )
+
+
+def bodiless(config: Any) -> Any:
+    """A model without layers, of next to no size: what is left of a critic is the code around it."""
+    config = copy.deepcopy(config)
+    config.update({"num_hidden_layers": 0, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 1})
+    config.num_key_value_heads, config.head_dim = 1, 64
+    return config
+
+
+def no_text() -> Any:
+    """A tokenizer that no one asks for anything but its padding."""
+    from tokenizers import Tokenizer, models
+
+    tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 2}, unk_token="<unk>"))
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+def bound(arm: str, args: argparse.Namespace, model: Any) -> float:
+    """Over SFT of the same kind."""
+    method, *how = arm.split(", ")
+    body = sum(weight.numel() for weight in model.model.layers.parameters())
+    head = 0.75 * model.lm_head.weight.numel()
+    lora = "LoRA" in how
+    once = body + head
+    sft = (2 if lora else 3) * once
+    if method == "SFT":
+        return 1.0
+    if method == "DPO":
+        return (sft + once) / sft
+    learned = 1 if lora or "LoRA critic" in how else 2  # backward: of the states, and of the weights where they learn
+    if "no critic" in how:
+        return 1.0
+    share = (args.layers // 2) / args.layers if "critic's upper half" in how else 1.0
+    return (sft + body * (1 + learned * share)) / sft
+
+
+def step_seconds(arm: str, args: argparse.Namespace, vocab: int) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, times = make(arm, args, vocab, Path(folder)), StepTimes()
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(times)
+        trainer.train()
+    return statistics.median(times.seconds[WARM_UP:])
+
+
+def peak(arm: str, args: argparse.Namespace, vocab: int, tokens: int | None = None) -> float:
+    """MiB, in a process of its own."""
+    sizes = {"hidden": args.hidden, "layers": args.layers, "rows": args.rows, "time": tokens or args.time, "steps": 1}
+    options = [f"--{name}={value}" for name, value in sizes.items()]
+    command = [sys.executable, "-m", "benchmarks.dqo_step", *options, f"--vocab={vocab}", f"--threads={args.threads}"]
+    found = subprocess.run([*command, f"--peak={arm}"], capture_output=True, text=True, check=True).stdout
+    return json.loads(found.splitlines()[-1])
+
+
+def own_peak(arm: str, args: argparse.Namespace, vocab: int) -> float:
+    import trl  # noqa: F401  what is imported is not counted
+
+    with tempfile.TemporaryDirectory() as folder:
+        if args.device == "cuda":
+            make(arm, args, vocab, Path(folder)).train()
+            return torch.cuda.max_memory_allocated() / 2**20
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        make(arm, args, vocab, Path(folder)).train()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10 - resident / 2**20
+
+
+def print_steps(args: argparse.Namespace, vocab: int) -> None:
+    model = random_llama(args, vocab)
+    size = sum(weight.numel() for weight in model.parameters()) / 1e6
+    times = [{arm: step_seconds(arm, args, vocab) for arm in ARMS} for _ in range(args.repeats)]
+    where = torch.cuda.get_device_name() if args.device == "cuda" else f"cpu, {args.threads} threads"
+    table = Table(title=f"{size:.0f}M parameters, vocabulary {vocab}; {args.rows} x {args.time} tokens; {where}")
+    for column in ("arm", "s / step", "of SFT", "range", "bound", "of bound", "peak, MiB"):
+        table.add_column(column, justify="left" if column == "arm" else "right")
+    for arm in ARMS:
+        base = "SFT, LoRA" if ", LoRA" in arm and arm != "DQO, LoRA critic" else "SFT"
+        ratios = [row[arm] / row[base] for row in times]
+        ratio, reckoned = statistics.median(ratios), bound(arm, args, model)
+        table.add_row(
+            arm,
+            f"{statistics.median(row[arm] for row in times):.3f}",
+            f"{ratio:.2f}",
+            f"{min(ratios):.2f} to {max(ratios):.2f}",
+            f"{reckoned:.2f}",
+            f"{ratio / reckoned:.2f}",
+            f"{peak(arm, args, vocab):.0f}",
+            end_section=arm == "DQO, no critic",
+        )
+    Console(width=WIDTH).print(table)
+
+
+def print_growth(args: argparse.Namespace) -> None:
+    table = Table(
+        title=f"DQO: peak MiB by tokens in a row ({args.rows} rows), and the logits of all of them in float32"
+    )
+    table.add_column("vocabulary", justify="right")
+    lengths = [args.time * factor for factor in (1, 2, 4)]
+    for length in lengths:
+        table.add_column(f"{length}", justify="right")
+        table.add_column("logits", justify="right")
+    for vocab in args.vocab:
+        cells = []
+        for length in lengths:
+            cells += [f"{peak('DQO', args, vocab, length):.0f}", f"{4 * args.rows * length * vocab / 2**20:.0f}"]
+        table.add_row(str(vocab), *cells)
+    Console(width=WIDTH).print(table)
 
 
 def main() -> None:
-    cuda = torch.cuda.is_available()
+    gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, help="default: 0.5b on a GPU, else small; --quick: quick")
     parser.add_argument("--vocab", type=int, nargs="+", default=[1000, 150_000])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
-    parser.add_argument("--rows", type=int, help="completions per step, even; default: 8, --quick 4")
-    parser.add_argument("--length", type=int, help="tokens per row, a quarter of them prompt; default: 512, --quick 64")
-    parser.add_argument("--steps", type=int, help="default: 8, --quick 4; the first two do not count")
-    parser.add_argument("--upper", type=int, help="layers of an upper-layer critic; default: a quarter of them")
-    parser.add_argument("--repeats", type=int, help="default: 3, --quick 1")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--quick", action="store_true", help="a smaller model, shorter rows")
-    options = parser.parse_args()
-    usual = {
-        "size": "0.5b" if options.device == "cuda" else "small",
-        "rows": 8,
-        "length": 512,
-        "steps": 8,
-        "repeats": 3,
-    }
-    quick = {"size": "quick", "rows": 4, "length": 64, "steps": 4, "repeats": 1}
-    for name, value in (quick if options.quick else usual).items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    options.upper = options.upper or SIZES[options.size][2] // 4
-    found: dict[tuple[str, int], list[dict[str, float]]] = {}
-    for vocab in options.vocab:
-        for _ in range(options.repeats):
-            for arm in options.arms:
-                found.setdefault((arm, vocab), []).append(measured(arm, vocab, options))
-    show(found, options)
+    parser.add_argument("--hidden", type=int, default=1024 if gpu else 256)
+    parser.add_argument("--layers", type=int, default=28 if gpu else 8)
+    parser.add_argument("--rows", type=int, default=8 if gpu else 4)
+    parser.add_argument("--time", type=int, default=1024 if gpu else 128, help="tokens in a row")
+    parser.add_argument("--steps", type=int, default=10 if gpu else 2, help="that are timed, in each repeat")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--peak", metavar="ARM", help="print the peak memory of one arm, and nothing else")
+    args = parser.parse_args()
+    args.device, args.bf16 = ("cuda", True) if gpu else ("cpu", False)
+    torch.set_num_threads(args.threads)
+    transformers.logging.set_verbosity_error()
+    logging.disable(logging.WARNING)
+    warnings.filterwarnings("ignore")
+    if args.peak:
+        print(own_peak(args.peak, args, args.vocab[0]))
+        return
+    for vocab in args.vocab:
+        print_steps(args, vocab)
+    print_growth(args)
 
 
 if __name__ == "__main__":

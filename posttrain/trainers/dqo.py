@@ -4,7 +4,7 @@ Policy and value model are one module: one forward, one optimizer with a learnin
 and values that a loss holds fixed are those of the same forward, before either model is stepped.
 """
 
-import dataclasses
+import copy
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +22,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from posttrain.errors import UserError
-from posttrain.models.actor_critic import ActorCritic, merged
+from posttrain.models.actor_critic import ActorCritic, decoder, merged
+from posttrain.models.value import ValueModel
 from posttrain.objectives.dqo import (
     importance_weights,
     kl_rewards,
@@ -70,14 +71,6 @@ class DQOConfig(TrainingArguments):
     full_gradient: bool = field(
         default=False, metadata={"help": "differentiate the returns through later tokens' log-probabilities too"}
     )
-    packing: bool = field(
-        default=False,
-        metadata={"help": "a micro-batch's rows one after the other, without padding: best with flash attention"},
-    )
-    value_layers: int | None = field(
-        default=None,
-        metadata={"help": "train only so many of the value model's last layers; none: all. The rest has no backward"},
-    )
     learning_rate: float = field(default=5e-7, metadata={"help": "of the policy"})
     value_learning_rate: float = field(default=1e-5, metadata={"help": "of the value model: ahead of the policy"})
     critic_warmup_steps: int = field(default=0, metadata={"help": "steps in which only the value model learns"})
@@ -93,6 +86,12 @@ class DQOConfig(TrainingArguments):
         default=False,
         metadata={"help": "look for parameters without gradient; the losses reach all, at first at weight 0"},
     )
+    packing: bool = field(
+        default=False, metadata={"help": "rows one after the other without padding; for flash attention"}
+    )
+    value_layers: int | None = field(
+        default=None, metadata={"help": "so many of the value model's last layers learn, and its head; default: all"}
+    )
     report_to: Any = field(default="none", metadata={"help": "where to log: none, tensorboard, wandb, ..."})
     save_total_limit: int | None = field(default=1, metadata={"help": "how many checkpoints to keep"})
 
@@ -107,8 +106,8 @@ class DQOConfig(TrainingArguments):
             raise UserError(f"normalisation: must be token or seq, got {self.normalisation!r}")
         if self.critic_warmup_steps < 0:
             raise UserError(f"critic_warmup_steps: must not be negative, got {self.critic_warmup_steps}")
-        if self.value_layers is not None and self.value_layers < 1:
-            raise UserError(f"value_layers: must be at least 1, got {self.value_layers}")
+        if self.value_layers is not None and self.value_layers < 0:
+            raise UserError(f"value_layers: must not be negative, got {self.value_layers}")
         self.remove_unused_columns = False
         super().__post_init__()
 
@@ -130,15 +129,6 @@ def collate(examples: Sequence[Labelled]) -> dict[str, Tensor]:
         columns = [torch.tensor([math.nan] * example["first"] + example[name]) for example in examples]
         batch[name] = pad_sequence(columns, batch_first=True, padding_value=math.nan)
     return batch
-
-
-def packed(input_ids: Tensor, actions: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-    """What the model is asked about right-padded rows [rows, time], as one row [1, tokens] without padding, whose positions
-    start anew in each: transformers' flash, sdpa and eager attention keep rows apart by them. The marked tokens stay in order.
-    """
-    real = attention_mask.bool()
-    positions = (attention_mask.cumsum(-1) - 1)[real]
-    return {"input_ids": input_ids[real][None], "actions": actions[real][None], "position_ids": positions[None]}
 
 
 class EpochOrder(Sampler):
@@ -182,7 +172,10 @@ class DQOTrainer(Trainer):
         peft_config: Any = None,
         value_peft_config: Any = None,
     ) -> None:
-        _adapt(model, peft_config, value_peft_config, args)
+        _adapt(model, peft_config, value_peft_config, args.seed)
+        if args.value_layers is not None:
+            _freeze_below(model.critic, args.value_layers)
+        model.packing = args.packing
         super().__init__(
             model=model,
             args=args,
@@ -239,12 +232,11 @@ class DQOTrainer(Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Tensor | None = None
     ) -> Any:
         args, mask = self.args, inputs["actions"]
-        rows = {name: inputs[name] for name in ("input_ids", "actions", "attention_mask")}
-        found = model(**packed(**rows) if args.packing else rows)
+        found = model(inputs["input_ids"], mask, inputs["attention_mask"])
         logprobs, values = (torch.zeros_like(inputs["rewards"]).masked_scatter(mask, flat) for flat in found)
         ref, rewards = inputs["ref_logprobs"], inputs["rewards"]
         if not self._checked and self.state.global_step == 0:
-            self._check_reference(model, rows, found[0], ref[mask])
+            self._check_reference(logprobs, ref, mask)
         weights = None
         if args.importance_cap is not None:
             weights = importance_weights(logprobs, inputs["logprobs"], mask, args.importance_cap)
@@ -264,28 +256,18 @@ class DQOTrainer(Trainer):
             loss = loss * self.accelerator.num_processes  # gradients are averaged over ranks
         return (loss, found) if return_outputs else loss
 
-    def _check_reference(self, model: Any, rows: dict[str, Tensor], logprobs: Tensor, ref: Tensor) -> None:
+    def _check_reference(self, logprobs: Tensor, ref: Tensor, mask: Tensor) -> None:
         """Before the first step policy and reference are the same model: what differs came from another kernel, template,
         or temperature, and would be learned from."""
-        widest = self._widest_gap(logprobs, ref)
+        gap = (logprobs.detach() - ref)[mask].abs().max() if mask.any() else ref.new_zeros(())
+        widest = float(self.accelerator.gather(gap.reshape(1)).max())  # all ranks stop, or none
         tolerance = REFERENCE_TOLERANCE if not (self.args.bf16 or self.args.fp16) else 100 * REFERENCE_TOLERANCE
         if not widest < tolerance:
-            with torch.no_grad():
-                if self.args.packing and self._widest_gap(model(**rows)[0], ref) < tolerance:
-                    raise UserError(
-                        f"packing: a token's log-probability differs by {widest:.3g} nats from that in a row of its own; "
-                        "this model does not keep packed rows apart: leave packing out"
-                    )
             raise UserError(
                 f"ref_logprobs: a token's differs by {widest:.3g} nats from that of the policy before its first step; compute "
-                "them anew with this model, in this precision"
+                f"them anew with this model, in this precision{', or leave out packing' if self.args.packing else ''}"
             )
         self._checked = True
-
-    def _widest_gap(self, logprobs: Tensor, ref: Tensor) -> float:
-        """Of all ranks: all stop, or none."""
-        gap = (logprobs.detach() - ref).abs().max() if len(ref) else ref.new_zeros(())
-        return float(self.accelerator.gather(gap.reshape(1)).max())
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """With the mean, over ranks too, of what was measured since the last time."""
@@ -300,7 +282,7 @@ class DQOTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """A folder of the weights as they are now, of all ranks together; call it on all of them. Inside a checkpoint a
-        frozen base is left out, except under ZeRO-3, where no rank has a whole weight to save."""
+        frozen base is left out."""
         if not _internal_call or not self._frozen() or is_deepspeed_zero3_enabled():
             self._save(output_dir, self._gathered())
         elif self.args.should_save:
@@ -375,7 +357,7 @@ class DQOTrainer(Trainer):
         write_json(Path(folder) / "training.json", {"versions": versions(), "arguments": arguments, "log": log})
 
 
-def _adapt(model: ActorCritic, peft_config: Any, value_peft_config: Any, args: DQOConfig) -> None:
+def _adapt(model: ActorCritic, peft_config: Any, value_peft_config: Any, seed: int) -> None:
     given = {"peft_config": peft_config, "value_peft_config": value_peft_config}
     for name, config in given.items():
         if config is not None and is_deepspeed_zero3_enabled():
@@ -386,41 +368,25 @@ def _adapt(model: ActorCritic, peft_config: Any, value_peft_config: Any, args: D
     if None in given.values() and any(id(weight) in theirs for weight in model.critic.backbone.parameters()):
         name = next(name for name, config in given.items() if config is None)
         raise UserError(f"{name}: policy and value model have the same weights, so that each needs adapters of its own")
-    frozen = _frozen_layers(model.critic.backbone, args.value_layers)
-    if value_peft_config is None:
-        _freeze_below(model.critic.backbone, frozen)
-    elif frozen:
-        if value_peft_config.exclude_modules:
-            raise UserError("value_layers: value_peft_config names exclude_modules already; add the layers to them")
-        lower = "|".join(map(str, range(frozen)))
-        value_peft_config = dataclasses.replace(value_peft_config, exclude_modules=rf"(.*\.)?layers\.({lower})\..*")
     if peft_config is None and value_peft_config is None:
         return
     from peft import get_peft_model
 
-    set_seed(args.seed)
+    set_seed(seed)
+    # Copies: peft writes the names of the modules that it found into a configuration, and the two models' differ.
     if peft_config is not None:
-        model.policy = get_peft_model(model.policy, peft_config)
+        model.policy = get_peft_model(model.policy, copy.deepcopy(peft_config))
     if value_peft_config is not None:
-        model.critic.backbone = get_peft_model(model.critic.backbone, value_peft_config)
+        model.critic.backbone = get_peft_model(model.critic.backbone, copy.deepcopy(value_peft_config))
 
 
-def _frozen_layers(backbone: Any, trained: int | None) -> int:
-    if trained is None:
-        return 0
-    layers = backbone.config.num_hidden_layers
-    if trained > layers:
-        raise UserError(f"value_layers: the value model has {layers} layers, got {trained}")
-    return layers - trained
-
-
-def _freeze_below(backbone: Any, layer: int) -> None:
-    """Embeddings and first layers as they are: nothing below the first trained layer asks for a gradient, so that autograd
-    keeps no activations and runs no backward there."""
-    if layer:
-        backbone.get_input_embeddings().requires_grad_(False)
-        for frozen in backbone.layers[:layer]:
-            frozen.requires_grad_(False)
+def _freeze_below(critic: ValueModel, layers: int) -> None:
+    """Nothing below the value model's last layers learns, adapters there neither: no backward goes that far down."""
+    body = decoder(critic.backbone)
+    if layers > len(body.layers):
+        raise UserError(f"value_layers: the value model has {len(body.layers)} layers, fewer than {layers}")
+    for module in (body.get_input_embeddings(), *body.layers[: len(body.layers) - layers]):
+        module.requires_grad_(False)
 
 
 def labelled(

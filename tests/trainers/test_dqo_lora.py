@@ -40,8 +40,7 @@ def weights_of(trainer):
     return {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
 
 
-@pytest.mark.parametrize("packing", [False, True])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("checkpointing", "packing"), [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("adapted", BOTH)
 def test_the_first_step_is_the_objective_s(tmp_path, adapted, checkpointing, packing):
     """Padded or packed rows, two micro-batches, one count."""
@@ -58,7 +57,7 @@ def test_the_first_step_is_the_objective_s(tmp_path, adapted, checkpointing, pac
     assert any("lora_B" in name for name in trained)
     theirs = torch.autograd.grad(expected, list(trained.values()))
     for (name, mine), other in zip(trained.items(), theirs, strict=True):
-        torch.testing.assert_close(mine.grad, other, atol=1e-5, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(mine.grad, other, atol=1e-6, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
 
 
 def test_policy_and_value_model_stand_on_one_base(tmp_path):
@@ -76,44 +75,6 @@ def test_adapters_and_head_are_all_that_is_trained(tmp_path):
     assert moved
     assert all("lora_" in name or name.startswith("critic.head") for name in moved)
     assert {name.partition(".")[0] for name in moved} == {"policy", "critic"}
-
-
-@pytest.mark.parametrize("adapted", [BOTH[0], "policy"])
-def test_only_the_value_model_s_last_layers_are_trained(tmp_path, adapted):
-    """With adapters on them, or whole; below, autograd has nothing to do, and a step is the objective's."""
-    trainer = trainer_of(tmp_path, adapted, value_layers=1)
-    model, data = trainer.model.train(), trainer.train_dataset
-    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    of_critic = [name for name in trained if name.startswith("critic.")]
-    assert any("layers.2." in name for name in of_critic)
-    assert all("layers.2." in name or "head." in name or name == "critic.backbone.norm.weight" for name in of_critic)
-    assert any("layers.0." in name for name in trained)  # of the policy
-    states = []
-    lower = next(layer for name, layer in model.critic.backbone.named_modules() if name.endswith("layers.1"))
-    lower.register_forward_hook(lambda layer, inputs, output: states.append(output))
-    loss = trainer.compute_loss(model, collate(data))
-    assert states and not states[0].requires_grad
-    expected = by_hand(model, collate(data), trainer.args)
-    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=0)
-    ours, theirs = (torch.autograd.grad(each, list(trained.values())) for each in (loss, expected))
-    for name, mine, other in zip(trained, ours, theirs, strict=True):
-        torch.testing.assert_close(mine, other, atol=1e-6, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
-
-
-@pytest.mark.parametrize("adapted", [BOTH[0], "policy"])
-def test_last_layers_alone_are_resumed(tmp_path, adapted):
-    settings = {"per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 2, "value_layers": 1}
-    ends = []
-    for stops in ((), (2,)):
-        folder = tmp_path / str(len(stops))
-        for step in stops:
-            stopped = trainer_of(folder, adapted, count=16, **settings)
-            stopped.add_callback(_StopAt(step))
-            stopped.train()
-        trainer = trainer_of(folder, adapted, count=16, **settings)
-        trainer.train(resume_from_checkpoint=True if stops else None)
-        ends.append(weights_of(trainer))
-    assert all(torch.equal(weight, ends[0][name]) for name, weight in ends[1].items())
 
 
 @pytest.mark.parametrize("adapted", BOTH)
@@ -147,6 +108,26 @@ def test_a_resumed_training_ends_in_the_same_weights(tmp_path):
     assert not (tmp_path / "parts" / "run" / "checkpoint-8" / "model.safetensors").exists()  # the base is not copied
 
 
+def test_one_configuration_serves_both_models(tmp_path):
+    policy = copy.deepcopy(build_model("llama"))
+    policy.model.layers = policy.model.layers[:2]  # so few modules that peft names each in full
+    policy.config.num_hidden_layers = 2
+    model, config = ActorCritic(policy, new_critic(policy, "reference")), lora()
+    DQOTrainer(model, arguments(tmp_path), examples(), peft_config=config, value_peft_config=config)
+    assert all(any("lora_A" in name for name, _ in part.named_parameters()) for part in (model.policy, model.critic))
+    assert config.target_modules == "all-linear"
+
+
+def test_adapters_below_the_layers_that_learn_stay_as_they_are(tmp_path):
+    trainer = trainer_of(tmp_path, value_layers=1)
+    before = weights_of(trainer)
+    trainer.train()
+    moved = {name for name, weight in weights_of(trainer).items() if not torch.equal(weight, before[name])}
+    of_layers = [name for name in moved if name.startswith("critic") and "layers." in name]
+    assert of_layers and all("layers.2." in name for name in of_layers)
+    assert any(name.startswith("policy") and "layers.0." in name for name in moved)
+
+
 def test_what_cannot_be_adapted_is_refused(tmp_path):
     policy = copy.deepcopy(build_model("llama"))
     model = ActorCritic(policy, new_critic(policy, "reference", shared=True))
@@ -154,8 +135,3 @@ def test_what_cannot_be_adapted_is_refused(tmp_path):
         DQOTrainer(model, arguments(tmp_path), [], peft_config=lora())
     with pytest.raises(UserError, match="peft_config: lora_dropout must be 0, got 0.1"):
         DQOTrainer(model, arguments(tmp_path), [], peft_config=lora(lora_dropout=0.1), value_peft_config=lora())
-    with pytest.raises(UserError, match="value_layers: the value model has 3 layers, got 4"):
-        DQOTrainer(model, arguments(tmp_path, value_layers=4), [], peft_config=lora(), value_peft_config=lora())
-    with pytest.raises(UserError, match="value_layers: value_peft_config names exclude_modules already"):
-        excluding = lora(exclude_modules=["q_proj"])
-        DQOTrainer(model, arguments(tmp_path, value_layers=1), [], peft_config=lora(), value_peft_config=excluding)
