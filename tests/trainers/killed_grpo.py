@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from posttrain.models.load import load_model
+from posttrain.pipelines.value_training import last_checkpoint
 from posttrain.trainers.engine_rollouts import engine_rollouts
 from posttrain.trainers.grpo_lambda import GRPOLambdaConfig, GRPOLambdaTrainer
 from tests.trainers.test_grpo_lambda import arguments, data, verdicts
@@ -57,7 +57,7 @@ def trained(out: Path, kill: int = -1) -> GRPOLambdaTrainer:
         callbacks=[Kill(kill)],
         rollout_func=engine_rollouts(),
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out)) if out.is_dir() else None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(out))
     return trainer
 
 
