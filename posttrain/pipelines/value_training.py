@@ -23,6 +23,12 @@ from posttrain.rollouts.collect import reserved
 from posttrain.rollouts.table import RolloutTable
 
 MADE_BY = "made_by.json"
+METRICS = (
+    "loss",
+    "auc",
+    "calibration_error",
+    "explained_variance",
+)  # without those that held-out prompts leave undefined
 
 
 @dataclass(frozen=True)
@@ -114,7 +120,7 @@ def _train(
     from peft import LoraConfig  # with the trainer below, seconds of import
     from transformers import PrinterCallback
 
-    from posttrain.trainers.value import ValueConfig, ValueTrainer
+    from posttrain.trainers.value import ValueConfig, ValueTrainer, defined
     from posttrain.trainers.value_examples import examples_of, split_by_prompt
 
     started = time.perf_counter()
@@ -160,8 +166,8 @@ def _train(
         "config": plain(config),
         "seed": seed,
         "completions": {"train": len(train), "held_out": len(held_out)},
-        "metrics": {name: metrics[name] for name in ("loss", "auc", "calibration_error", "explained_variance")},
-        "by_position": trainer.by_position,
+        "metrics": defined({name: metrics[name] for name in METRICS}),
+        "by_position": [defined(entry) for entry in trainer.by_position],
         "seconds": time.perf_counter() - started,
         "versions": versions(),
     }
