@@ -16,7 +16,6 @@ ROLLOUT = ("rollout", "--model", "tiny", "--data", "arithmetic", "--samples", "2
 @pytest.mark.parametrize(
     ("more", "line"),
     [
-        (("--guide", "somewhere"), "--guide: not with --engine vllm; guides work in the transformers engine"),
         (("--device", "cpu"), "--device: not with --engine vllm; it takes the one it was built for"),
         (("--threads", "1"), "--threads: not with --engine vllm; set VLLM_CPU_OMP_THREADS_BIND or OMP_NUM_THREADS"),
         (("--dtype", "float8"), "dtype: must be float32 or bfloat16, got 'float8'"),
@@ -49,8 +48,12 @@ def test_a_table_by_vllm_is_the_transformers_engines_where_nothing_is_drawn(tmp_
 
 def test_an_evaluation_refuses_the_same(tmp_path, capsys):
     command = ("eval", "arithmetic", "--model", "tiny", "--out", str(tmp_path / "run"), "--engine", "vllm")
+    assert main([*command, "--device", "cpu"]) == 2
+    assert "--device: not with --engine vllm" in capsys.readouterr().err
+    assert main([*command, "--guide", "somewhere", "--beta", "0.1,1"]) == 2
+    assert "--beta: one with --engine vllm" in capsys.readouterr().err
     assert main([*command, "--guide", "somewhere"]) == 2
-    assert "--guide: not with --engine vllm" in capsys.readouterr().err
+    assert "guide: somewhere has no config.json" in capsys.readouterr().err
 
 
 @pytest.mark.vllm
