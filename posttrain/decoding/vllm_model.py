@@ -102,11 +102,17 @@ class GuidedLM(nn.Module):
         """The policy's own; vLLM calls this for the rows that it samples, then its logits processors, and only then for
         the log-probabilities of prompts."""
         if self._projected is None:  # here, so that vLLM's memory profile sees it
-            embed = (self.policy if self.backbone is None else self.backbone).embed_input_ids
-            ids = torch.arange(self.value.config.vocab_size, device=hidden_states.device)
-            self._projected = self.value.head.project(embed(ids))
+            self._settle(hidden_states.device)
         self._states = hidden_states if self.backbone is None else hidden_states[:, self.width :]
         return self.policy.compute_logits(hidden_states[:, : self.width].contiguous())
+
+    def _settle(self, device: torch.device) -> None:
+        """Once all weights are there. The value model leaves the tree of modules: what pushes new weights goes through all
+        that it finds there, and takes what it has no weights for to be lost."""
+        for name in {"backbone", "value"} & self._modules.keys():
+            self.__dict__[name] = self._modules.pop(name)
+        embed = (self.policy if self.backbone is None else self.backbone).embed_input_ids
+        self._projected = self.value.head.project(embed(torch.arange(self.value.config.vocab_size, device=device)))
 
     def value_logits(self, rows: Tensor, ids: Tensor, of: int) -> Tensor:
         """Of candidates ids [n, k] of rows [n] of the step's `of` rows: [n, k(, atoms)]. Once a step."""

@@ -49,6 +49,7 @@ class VLLMEngine:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         try:
             from vllm import LLM
+            from vllm.platforms import current_platform
         except ImportError as error:
             raise UserError(
                 f"engine: vllm cannot be imported ({error}); pip install 'posttrain[vllm]', or use --engine transformers"
@@ -70,6 +71,8 @@ class VLLMEngine:
                 max_num_seqs=slots,
                 gpu_memory_utilization=MEMORY_SHARE,
                 enable_prefix_caching=True,
+                # A part of a prompt draws a token that is thrown away; on CPU vLLM cannot take back what that does to a seed.
+                enable_chunked_prefill=False if current_platform.is_cpu() else None,
                 enforce_eager=dtype == "float32",  # compiled kernels fuse, and round, in another order
                 logprobs_mode="processed_logprobs",
                 logits_processors=processors() if guide else None,
