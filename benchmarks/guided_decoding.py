@@ -38,6 +38,7 @@ from posttrain.rollouts.transformers import TransformersEngine
 LENGTHS = Path(__file__).with_name("lengths.json")
 TEXT = Path(__file__).parents[1] / "evals" / "fewshot" / "gsm8k_cot.jsonl"
 BETA = 1.0
+LOOSE = 0.05  # V-type pays for every candidate: what it costs where 5 % of the mass may go unvalued
 WIDTH = 110  # of the tables, also where the output is not a terminal
 NAMES = {"v": "V-type", "q": "Q-type", "shared": "shared trunk"}
 Run = Callable[[Sequence[Request], int], object]
@@ -189,7 +190,11 @@ def arms_of(model: Any, values: dict[Head, ValueModel], candidates: int) -> dict
 
     arms = {"unguided": engine(None)}
     for head, value in values.items():
-        for delta in (0.0, Guidance.delta):
+        for delta in (
+            0.0,
+            Guidance.delta,
+            *((LOOSE,) if head == "v" else ()),
+        ):  # the others' cost has little to do with it
             guidance = Guidance(candidates=candidates, delta=delta)
             arms[f"{NAMES[head]}, delta {delta:g}"] = engine(ValueGuide(value, model, "benchmark", guidance))
     arms["plain"] = lambda requests, size: run_plain(model, values["v"], candidates, requests, size)

@@ -132,6 +132,25 @@ def step_curves(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], lab
     return svg[0]
 
 
+def token_plane(arms: Mapping[str, Arm]) -> str:
+    """Accuracy with its interval against the tokens that one answer costs, a point for every arm."""
+    styles = [(filled, line) for filled in (False, True) for line in LINES]  # the second time round, markers are filled
+    with _figure("plane", height=5.0) as (axes, svg):
+        for arm, (filled, line) in zip(arms.values(), cycle(styles), strict=False):
+            face = line["color"] if filled else "none"
+            axes.plot(
+                arm.tokens, arm.accuracy, label=arm.title, **{**line, "linestyle": "none", "markerfacecolor": face}
+            )
+            axes.vlines(arm.tokens, *arm.interval, color=line["color"], alpha=0.5)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.set_xlabel("completion tokens per answer")
+        axes.set_ylabel("accuracy")
+        axes.set_ylim(0, 1.02)
+        axes.legend(frameon=False, labelcolor=INK, loc="upper center", bbox_to_anchor=(0.45, -0.16), ncols=2)
+    return svg[0]
+
+
 def length_histogram(lengths: Mapping[str, Sequence[int]]) -> str:
     """Completion lengths in tokens, by verdict."""
     longest = max((max(values) for values in lengths.values() if values), default=1)
@@ -148,7 +167,7 @@ def length_histogram(lengths: Mapping[str, Sequence[int]]) -> str:
 
 
 @contextmanager
-def _figure(name: str) -> Iterator[tuple[Any, list[str]]]:
+def _figure(name: str, height: float = 3.4) -> Iterator[tuple[Any, list[str]]]:
     """Axes to draw on; on leaving, the one element of the list is the SVG. The same drawing gives the same text."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -168,7 +187,7 @@ def _figure(name: str) -> Iterator[tuple[Any, list[str]]]:
     }
     svg: list[str] = []
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(5.2, 3.4), layout="constrained")
+        figure = Figure(figsize=(5.2, height), layout="constrained")
         axes = figure.add_subplot()
         axes.grid(color=INK, alpha=0.2, linewidth=0.5)
         yield axes, svg

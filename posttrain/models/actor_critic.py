@@ -11,12 +11,17 @@ from posttrain.models.value import ValueModel, ValueModelConfig
 
 
 class ActorCritic(nn.Module):
-    """policy: a causal language model, PEFT adapters included; critic: a V-type value model, whose logit is V itself."""
+    """policy: a causal language model, PEFT adapters included; critic: a V-type value model, whose logit is V itself.
+
+    packing: a forward reads its rows one after the other, without their padding, and each attends to itself alone because its
+    positions begin at 0 again (transformers' attention knows by that; recurrent layers do not).
+    """
 
     def __init__(self, policy: Any, critic: ValueModel) -> None:
         super().__init__()
         self.policy = policy
         self.critic = critic
+        self.packing = False
 
     @property
     def config(self) -> Any:
@@ -36,12 +41,18 @@ class ActorCritic(nn.Module):
         input_ids: Tensor,
         actions: Tensor,
         attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """log pi(token) and V(before it) of the tokens that `actions` marks: both float32 [marked tokens], in order.
 
-        input_ids: [rows, time]; actions: bool [rows, time], true at the tokens of completions, never at a row's first.
+        input_ids: [rows, time], padded on the right; actions: bool [rows, time], true at the tokens of completions, never at
+        a row's first.
         """
+        position_ids = None
+        if self.packing and attention_mask is not None:
+            read = attention_mask.bool()
+            positions = torch.arange(read.shape[1], device=read.device).expand_as(read)
+            input_ids, actions, position_ids = (part[read].unsqueeze(0) for part in (input_ids, actions, positions))
+            attention_mask = None
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,

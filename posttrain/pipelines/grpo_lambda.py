@@ -16,7 +16,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -170,7 +170,7 @@ def correctness(completions: Sequence[Any], answer: Sequence[str], **_: Any) -> 
 def run(config: GRPOLambdaRunConfig, say: Callable[[str], None] = print) -> GRPOLambdaRun:
     """Errors: UserError naming the field, before anything is sampled where that is possible."""
     out = Path(config.out)
-    rows = _plan(config, config.train_split, config.train_prompts).rows()
+    rows = training_rows(config)
     held_out = (
         _plan(config, config.validation_split, config.validation_prompts).rows() if config.validation_prompts else []
     )
@@ -194,6 +194,11 @@ def run(config: GRPOLambdaRunConfig, say: Callable[[str], None] = print) -> GRPO
         tables[name] = rollout(after, plan, test_rows, out / f"{name}-test", resume=True, say=_silent)
         arms[name] = policy_arm(name, title, tables[name], made["seconds"])
     return GRPOLambdaRun(config, policy, arms, training, tables)
+
+
+def training_rows(config: GRPOLambdaRunConfig) -> list[Row]:
+    """The problems that the policy is trained on."""
+    return _plan(config, config.train_split, config.train_prompts).rows()
 
 
 def train(
@@ -267,11 +272,9 @@ def publish(result: GRPOLambdaRun, title: str, lead: str) -> None:
     out = Path(result.config.out)
     summary = {name: arm.summary() for name, arm in result.arms.items()}
     write_json(out / "summary.json", {"arms": summary, "comparisons": comparisons(result), "manifest": result.manifest})
-    logs = {ARMS[name][0]: made["log"] for name, made in result.training.items()}
     last = result.tables[result.config.arms[-1]]
     figures = [
-        Figure(step_curves(_curves(logs, "accuracy"), "accuracy"), "Accuracy of training's completions, by step."),
-        Figure(step_curves(_curves(logs, "completions/mean_length"), "tokens"), "Their mean length, by step."),
+        *training_figures({ARMS[name][0]: made for name, made in result.training.items()}),
         Figure(length_histogram(lengths_by_verdict(last)), "Test completion lengths by verdict, after."),
     ]
     write_report(
@@ -285,6 +288,15 @@ def publish(result: GRPOLambdaRun, title: str, lead: str) -> None:
         definitions=("pass@1", "maj@k", "pass@k", "tokens", "seconds", "interval"),
         manifest=result.manifest,
     )
+
+
+def training_figures(training: Mapping[str, Mapping[str, Any]]) -> list[Figure]:
+    """Accuracy and mean length against the step: title -> what `train` returned."""
+    logs = {title: made["log"] for title, made in training.items()}
+    return [
+        Figure(step_curves(_curves(logs, "accuracy"), "accuracy"), "Accuracy of training's completions, by step."),
+        Figure(step_curves(_curves(logs, "completions/mean_length"), "tokens"), "Their mean length, by step."),
+    ]
 
 
 def comparisons(result: GRPOLambdaRun) -> dict[str, dict[str, Any]]:

@@ -4,6 +4,7 @@ Policy and value model are one module: one forward, one optimizer with a learnin
 and values that a loss holds fixed are those of the same forward, before either model is stepped.
 """
 
+import copy
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from posttrain.errors import UserError
-from posttrain.models.actor_critic import ActorCritic, merged
+from posttrain.models.actor_critic import ActorCritic, decoder, merged
+from posttrain.models.value import ValueModel
 from posttrain.objectives.dqo import (
     importance_weights,
     kl_rewards,
@@ -84,6 +86,12 @@ class DQOConfig(TrainingArguments):
         default=False,
         metadata={"help": "look for parameters without gradient; the losses reach all, at first at weight 0"},
     )
+    packing: bool = field(
+        default=False, metadata={"help": "rows one after the other without padding; for flash attention"}
+    )
+    value_layers: int | None = field(
+        default=None, metadata={"help": "so many of the value model's last layers learn, and its head; default: all"}
+    )
     report_to: Any = field(default="none", metadata={"help": "where to log: none, tensorboard, wandb, ..."})
     save_total_limit: int | None = field(default=1, metadata={"help": "how many checkpoints to keep"})
 
@@ -98,6 +106,8 @@ class DQOConfig(TrainingArguments):
             raise UserError(f"normalisation: must be token or seq, got {self.normalisation!r}")
         if self.critic_warmup_steps < 0:
             raise UserError(f"critic_warmup_steps: must not be negative, got {self.critic_warmup_steps}")
+        if self.value_layers is not None and self.value_layers < 0:
+            raise UserError(f"value_layers: must not be negative, got {self.value_layers}")
         self.remove_unused_columns = False
         super().__post_init__()
 
@@ -163,6 +173,9 @@ class DQOTrainer(Trainer):
         value_peft_config: Any = None,
     ) -> None:
         _adapt(model, peft_config, value_peft_config, args.seed)
+        if args.value_layers is not None:
+            _freeze_below(model.critic, args.value_layers)
+        model.packing = args.packing
         super().__init__(
             model=model,
             args=args,
@@ -252,7 +265,7 @@ class DQOTrainer(Trainer):
         if not widest < tolerance:
             raise UserError(
                 f"ref_logprobs: a token's differs by {widest:.3g} nats from that of the policy before its first step; compute "
-                "them anew with this model, in this precision"
+                f"them anew with this model, in this precision{', or leave out packing' if self.args.packing else ''}"
             )
         self._checked = True
 
@@ -270,7 +283,7 @@ class DQOTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """A folder of the weights as they are now, of all ranks together; call it on all of them. Inside a checkpoint a
         frozen base is left out."""
-        if not _internal_call or not self._frozen():
+        if not _internal_call or not self._frozen() or is_deepspeed_zero3_enabled():
             self._save(output_dir, self._gathered())
         elif self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
@@ -360,10 +373,20 @@ def _adapt(model: ActorCritic, peft_config: Any, value_peft_config: Any, seed: i
     from peft import get_peft_model
 
     set_seed(seed)
+    # Copies: peft writes the names of the modules that it found into a configuration, and the two models' differ.
     if peft_config is not None:
-        model.policy = get_peft_model(model.policy, peft_config)
+        model.policy = get_peft_model(model.policy, copy.deepcopy(peft_config))
     if value_peft_config is not None:
-        model.critic.backbone = get_peft_model(model.critic.backbone, value_peft_config)
+        model.critic.backbone = get_peft_model(model.critic.backbone, copy.deepcopy(value_peft_config))
+
+
+def _freeze_below(critic: ValueModel, layers: int) -> None:
+    """Nothing below the value model's last layers learns, adapters there neither: no backward goes that far down."""
+    body = decoder(critic.backbone)
+    if layers > len(body.layers):
+        raise UserError(f"value_layers: the value model has {len(body.layers)} layers, fewer than {layers}")
+    for module in (body.get_input_embeddings(), *body.layers[: len(body.layers) - layers]):
+        module.requires_grad_(False)
 
 
 def labelled(

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from posttrain.cli.main import main
-from tests.small_demo import shrink
+from tests.small_demo import FAST, FULL, shrink
 
 
 @pytest.fixture(autouse=True)
@@ -12,12 +12,13 @@ def small(monkeypatch):
 
 
 def test_one_table_and_two_files(tmp_path, capsys):
-    assert main(["demo", "--out", str(tmp_path / "run"), "--seed", "1"]) == 0
+    assert main(["demo", "--out", str(tmp_path / "run"), "--seed", "1", "--fast"]) == 0
     shown = capsys.readouterr().out
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     for title, name in (("one sample", "base"), ("majority of 4", "majority"), ("oracle of 4", "oracle")):
         assert f"{title} " in shown and f"{100 * summary['arms'][name]['accuracy']:.1f} %" in shown
     assert "learn and choose" in shown
+    assert summary["manifest"]["qprobe"]["config"]["test_prompts"] == FAST.test_prompts < FULL.test_prompts
     assert str(tmp_path / "run" / "report.html") in shown and (tmp_path / "run" / "report.html").is_file()
 
 

@@ -14,6 +14,7 @@ from posttrain.evaluation.plots import (
     length_histogram,
     metric_curves,
     step_curves,
+    token_plane,
 )
 
 
@@ -46,6 +47,25 @@ def test_step_curves_go_through_their_points():
     lines = [outlines(svg, colour)[0] for colour in COLOURS[:2]]
     for axis in (0, 1):
         assert_drawn_at([line[:, axis] for line in lines], [np.array(curve[axis]) for curve in curves.values()])
+
+
+def test_the_plane_has_a_bar_and_a_name_for_every_arm():
+    values = {"a": (20.0, 0.25), "b": (40.0, 0.5), "c": (80.0, 0.9)}
+    arms = {
+        name: Arm(name, f"the {name}", np.repeat([1.0, 0.0], [round(20 * right), round(20 * (1 - right))]), tokens, 1.0)
+        for name, (tokens, right) in values.items()
+    }
+    svg = token_plane(arms)
+    bars = [outlines(svg, colour)[0] for colour in COLOURS[:3]]
+    assert_drawn_at([bar[:, 0] for bar in bars], [np.full(2, np.log(tokens)) for tokens, _ in values.values()])
+    assert_drawn_at([bar[:, 1] for bar in bars], [np.array(arm.interval) for arm in arms.values()])
+    assert all(arm.title in svg for arm in arms.values())
+
+
+def test_more_arms_than_styles_differ_by_filled_markers():
+    names = [str(number) for number in range(len(COLOURS) + 1)]
+    svg = token_plane({name: arm(name) for name in names})
+    assert not re.search(f"fill: {COLOURS[1]}", svg) and re.search(f"fill: {COLOURS[0]}", svg)
 
 
 def test_every_arm_with_a_curve_is_a_line_through_its_accuracies():

@@ -24,14 +24,12 @@ def test_the_summary_and_the_report_are_written(finished):
     out, result, _ = finished
     summary = json.loads((out / "summary.json").read_text())
     assert list(summary) == ["arms", "frontier", "manifest"]
-    assert {"base", "majority", "oracle", "qprobe", "cd", "qsharp", "qsharp_2", "rejection", "dqo"} <= set(
-        summary["arms"]
-    )
+    assert set(module.ORDER) == set(summary["arms"])
     for name, arm in summary["arms"].items():
         assert {"accuracy", "interval", "tokens", "seconds"} <= set(arm)
         assert arm["accuracy"] == result.arms[name].accuracy
     page = (out / "report.html").read_text()
-    assert "posttrain demo" in page and page.count("<svg") == 5
+    assert "posttrain demo" in page and page.count("<svg") == 8
     assert all(arm.title in page for arm in result.arms.values())
 
 
@@ -72,11 +70,27 @@ def test_the_trained_policies_learned_from_the_same_table_and_answer_the_same_pr
     assert result.manifest["rejection"]["rows"] == sum(result.qprobe.train.column("correct"))
 
 
+def test_grpo_starts_from_the_same_policy_and_only_its_penalties_differ(finished):
+    out, result, _ = finished
+    test = result.qprobe.test.column("prompt_id")
+    made = {name: result.manifest[name] for name in ("grpo", "grpo_plain", "grpo_lambda")}
+    for name, training in made.items():
+        assert training["policy"] == result.qprobe.policy.fingerprint
+        assert result.arms[name].title.endswith(", 3 steps")
+        steps = [entry["step"] for entry in training["log"] if "completions/mean_length" in entry]
+        assert steps == [1, 2, 3]
+    for folder in ("grpo", "plain", "grpo_lambda"):
+        tried = read_table(out / "online" / f"{folder}-test")
+        assert list(dict.fromkeys(tried.column("prompt_id"))) == list(dict.fromkeys(test))
+    assert [training["settings"]["gate_fraction"] for training in made.values()] == [0, 1, 0.5]
+
+
 def test_the_same_run_again_trains_nothing(finished):
     out, result, _ = finished
     with pytest.MonkeyPatch.context() as patch:
         shrink(patch)
         patch.setattr(module.dqo, "load_model", None)
+        patch.setattr(module.grpo_lambda, "load_model", None)
         patch.setattr(module.baselines, "TRAINERS", {})
         again = module.demo(out, seed=3, say=lambda _: None)
     assert {name: arm.accuracy for name, arm in again.arms.items()} == {

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from posttrain.cli.tables import print_arms
 from posttrain.config import build, read_yaml
 from posttrain.errors import UserError
 from posttrain.evaluation.metrics import paired_comparison
@@ -164,10 +165,11 @@ def test_other_test_data(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_guidance_raises_accuracy_and_cd_does_not_do_more_with_its_kl(tmp_path, seed):
-    """500 test problems, two samples each at temperature 1, the recipe of the demo."""
+    """500 test problems, two samples each at temperature 1, the recipe of the demo (`pytest -s` prints the tables)."""
     config = QSharpConfig(out=str(tmp_path / "run"), seed=seed, guided_samples=2, shard_prompts=100, value=VALUE)
     work = Work(config, say=lambda _: None)
     result = run(config, say=lambda _: None)
+    print_arms(result.arms.values())
     base, one, two, cd = (result.arms[name] for name in ("base", "qsharp", "qsharp_2", "cd"))
     assert two.accuracy > base.accuracy + 0.25
     assert two.accuracy > result.arms["majority"].accuracy

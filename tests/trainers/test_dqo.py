@@ -37,8 +37,8 @@ def examples(count=8):
     return made
 
 
-def actor_critic():
-    policy = copy.deepcopy(build_model("llama"))
+def actor_critic(family="llama"):
+    policy = copy.deepcopy(build_model(family))
     critic = new_critic(policy, "reference")
     torch.manual_seed(1)
     torch.nn.init.normal_(critic.head.weight, std=0.05)
@@ -101,6 +101,59 @@ def test_the_first_step_is_the_objective_s(tmp_path, normalisation, lam):
     for mine, other in zip(ours, theirs, strict=True):
         if other is not None:
             torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("family", "lam"), [("llama", 1.0), ("qwen2", 0.9), ("gemma3", 0.9)])
+def test_packed_rows_learn_what_padded_ones_do(tmp_path, family, lam):
+    """Whole trainings, with accumulation; gemma3 has layers that see a window only."""
+    ends, read = [], []
+    for packing in (False, True):
+        model = actor_critic(family)
+        data = labelled(model, examples(16), "reference", tmp_path / family)
+        settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "lam": lam, "packing": packing}
+        settings |= {"optim": "sgd", "learning_rate": 0.03}  # Adam makes a large step of a gradient that is rounding
+        trainer = DQOTrainer(model, arguments(tmp_path / "run", **settings), data)
+        model.policy.get_decoder().layers[0].register_forward_hook(
+            lambda _, inputs, __, packing=packing: read.append((packing, *inputs[0].shape[:2]))
+        )
+        trainer.train()
+        ends.append({name: weight.detach().clone() for name, weight in model.named_parameters()})
+    for name, weight in ends[0].items():
+        torch.testing.assert_close(ends[1][name], weight, atol=1e-6, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+    tokens = {packing: sum(rows * time for one, rows, time in read if one is packing) for packing in (False, True)}
+    assert tokens[True] == sum(len(example["input_ids"]) for example in examples(16)) < tokens[False]
+
+
+def test_what_does_not_know_packed_rows_is_refused_before_the_first_step(tmp_path):
+    """A model that ignores positions, as recurrent ones do, sees the rows before its own."""
+    model = actor_critic()
+    data = labelled(model, examples(), "reference", tmp_path)
+    trainer = DQOTrainer(model, arguments(tmp_path / "run", packing=True), data)
+    model.policy.get_decoder().register_forward_pre_hook(
+        lambda _, args, kwargs: (args, {**kwargs, "position_ids": None}), with_kwargs=True
+    )
+    with pytest.raises(UserError, match="or leave out packing"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("layers", [0, 2])
+def test_only_the_value_model_s_last_layers_learn(tmp_path, layers):
+    """And its head; what they learn in the first step is what they learn beside the others."""
+    model = actor_critic()
+    data = labelled(model, examples(), "reference", tmp_path)
+    trainer = DQOTrainer(model, arguments(tmp_path / "run", value_layers=layers), data)
+    trainer.compute_loss(model.train(), collate(data)).backward()
+    whole = actor_critic()
+    DQOTrainer(whole, arguments(tmp_path / "run"), data).compute_loss(whole.train(), collate(data)).backward()
+    expected = dict(whole.named_parameters())
+    learning = {name for name, weight in model.named_parameters() if weight.grad is not None}
+    below = [f"critic.backbone.layers.{i}." for i in range(3 - layers)] + ["critic.backbone.embed_tokens"]
+    assert learning == {name for name in expected if not name.startswith(tuple(below))}
+    for name, weight in model.named_parameters():
+        if weight.grad is not None:
+            torch.testing.assert_close(weight.grad, expected[name].grad)
+    with pytest.raises(UserError, match="value_layers: the value model has 3 layers, fewer than 4"):
+        DQOTrainer(actor_critic(), arguments(tmp_path / "run", value_layers=4), data)
 
 
 @pytest.mark.parametrize("normalisation", ["token", "seq"])
@@ -220,6 +273,7 @@ def test_what_is_logged(tmp_path):
         ({"lam": 1.5}, "lam: must be between 0 and 1, got 1.5"),
         ({"importance_cap": 0.0}, "importance_cap: must be positive"),
         ({"normalisation": "batch"}, "normalisation: must be token or seq, got 'batch'"),
+        ({"value_layers": -1}, "value_layers: must not be negative, got -1"),
         ({"critic_warmup_steps": -1}, "critic_warmup_steps: must not be negative"),
     ],
 )
