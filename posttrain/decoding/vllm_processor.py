@@ -21,6 +21,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2Proc
 
 from posttrain.decoding.guidance import Candidates, guide, log_tilts
 from posttrain.decoding.vllm import ABOUT, BETA, CANDIDATES, RECORD
+from posttrain.decoding.vllm_model import LOADED, Step
 from posttrain.rollouts.engine import LEAST_BETA
 
 
@@ -73,18 +74,24 @@ class GuidanceProcessor(V1Processor, V2Processor):
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         if self.guided:
-            process_dict_updates(self.rows, batch_update, lambda params, _, outputs: Asked.of(params, outputs))
+            process_dict_updates(self.rows, batch_update, lambda params, _, outputs: self._asked(params, outputs))
 
     # V2
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
-        asked = Asked.of(sampling_params) if self.guided else None
+        asked = self._asked(sampling_params) if self.guided else None
         self.rows.pop(req_idx, None)
         if asked is not None:
             self.rows[req_idx] = asked
         return asked is not None
 
     # both
+
+    def _asked(self, params: SamplingParams, outputs: Sequence[int] = ()) -> Asked | None:
+        asked = Asked.of(params, outputs)
+        if asked is not None and asked.record is not None:  # of a request that was put off it goes on
+            LOADED[self.key].records.setdefault(asked.record, {})
+        return asked
 
     def apply(self, logits: Tensor, ctx: LogitsContext | None = None) -> Tensor:
         """logits: float32 [rows, vocab], changed in place where a row is guided and nowhere else."""
@@ -101,8 +108,6 @@ class GuidanceProcessor(V1Processor, V2Processor):
         return self._guide(logits, *zip(*steps, strict=True)) if steps else logits
 
     def _guide(self, logits: Tensor, rows: Sequence[int], asked: Sequence[Asked], positions: Sequence[int]) -> Tensor:
-        from posttrain.decoding.vllm_model import LOADED, Step
-
         model = LOADED[self.key]
         which = torch.tensor(rows, device=logits.device)
         temperature = logits.new_tensor([one.temperature for one in asked]).unsqueeze(-1)
