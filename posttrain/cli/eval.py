@@ -236,7 +236,15 @@ def _show(out: Path) -> None:
     import json
 
     from posttrain.cli.tables import print_table
-    from posttrain.evaluation.harness_report import COMPARED, OVERVIEW, compared, macro_line, overview
+    from posttrain.evaluation.harness_report import (
+        BUDGETS,
+        COMPARED,
+        OVERVIEW,
+        budget_rows,
+        compared,
+        macro_line,
+        overview,
+    )
 
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     print_table(OVERVIEW, overview(report))
@@ -244,6 +252,8 @@ def _show(out: Path) -> None:
         print(macro_line(report))
     if "comparison" in report:
         print_table(COMPARED, compared(report["comparison"]))
+        print("accuracy within b tokens:")
+        print_table(BUDGETS, budget_rows(report["comparison"]))
     for name, summary in report["benchmarks"].items():
         for warning in summary["warnings"]:
             print(f"{name}: {warning}")

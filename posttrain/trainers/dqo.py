@@ -93,7 +93,7 @@ class DQOConfig(TrainingArguments):
         default=None, metadata={"help": "so many of the value model's last layers learn, and its head; default: all"}
     )
     report_to: Any = field(default="none", metadata={"help": "where to log: none, tensorboard, wandb, ..."})
-    save_total_limit: int | None = field(default=1, metadata={"help": "how many checkpoints to keep"})
+    save_total_limit: int | None = field(default=2, metadata={"help": "how many checkpoints to keep"})
 
     def __post_init__(self) -> None:
         if not 0 < self.beta < math.inf:

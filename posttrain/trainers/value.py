@@ -55,7 +55,7 @@ class ValueConfig(TrainingArguments):
     )
     report_to: Any = field(default="none", metadata={"help": "where to log: none, tensorboard, wandb, ..."})
     save_strategy: str = field(default="epoch", metadata={"help": "when to save a checkpoint one can resume from"})
-    save_total_limit: int | None = field(default=1, metadata={"help": "how many checkpoints to keep"})
+    save_total_limit: int | None = field(default=2, metadata={"help": "how many checkpoints to keep"})
 
     def __post_init__(self) -> None:
         if self.reduction not in ("row", "token"):
