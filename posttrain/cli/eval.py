@@ -98,6 +98,7 @@ def _measure(words: list[str], given: dict[str, Any]) -> None:
     from posttrain.cli.tables import print_table
     from posttrain.decoding.guidance import Guidance
     from posttrain.decoding.guide import load_guide
+    from posttrain.decoding.vllm import load_vllm_guide
     from posttrain.evaluation.benchmarks import load_all
     from posttrain.evaluation.harness import Model, evaluate
     from posttrain.evaluation.sweep import COLUMNS, Law, rows, sweep
@@ -121,14 +122,19 @@ def _measure(words: list[str], given: dict[str, Any]) -> None:
     if len(betas) > 1 and "until" in given:
         raise UserError("until: a sweep over several betas runs whole; leave it out")
     if given.get("engine") == "vllm":
-        check_for_vllm(**{name: given.get(name) for name in ("guide", "device", "threads", "dtype")})
+        check_for_vllm(**{name: given.get(name) for name in ("device", "threads", "dtype")})
+        if len(betas) > 1:
+            raise UserError("--beta: one with --engine vllm; a sweep over several is the transformers engine's")
     check_folder(given["out"], given.get("resume", False))
     out, options = given["out"], {name: given[name] for name in ("seed", "resume", "shard_prompts") if name in given}
     until, slots = given.get("until", "report"), given.get("slots", 64)
     if given.get("engine") == "vllm":
         policy = load_tokenizer(given["model"])
-        with VLLMEngine(model_folder(given["model"]), slots=slots, dtype=given.get("dtype", "auto")) as served:
-            measured = Model(policy.name, served, policy.tokenizer, served.settings)
+        any_reference, dtype = given.get("any_reference", False), given.get("dtype", "auto")
+        served = load_vllm_guide(given["guide"], policy, any_reference=any_reference) if betas else None
+        with VLLMEngine(model_folder(given["model"]), slots=slots, dtype=dtype, guide=served) as running:
+            guided = (betas[0], served.name) if served else (None, None)
+            measured = Model(policy.name, running, policy.tokenizer, running.settings, *guided)
             evaluate(tasks, measured, out, until=until, **options)
         if until == "report":
             _show(out)

@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> None:
 
     from posttrain.decoding.guidance import Guidance
     from posttrain.decoding.guide import load_guide
+    from posttrain.decoding.vllm import load_vllm_guide
     from posttrain.errors import UserError
     from posttrain.models.load import load_model, load_tokenizer, model_folder
     from posttrain.pipelines.rollout import RolloutConfig, rollout
@@ -75,13 +76,15 @@ def run(args: argparse.Namespace) -> None:
     )
     guidance = Guidance() if args.candidates is None else Guidance(candidates=args.candidates)
     if args.engine == "vllm":
-        check_for_vllm(guide=args.guide, device=args.device, threads=args.threads, dtype=args.dtype)
+        check_for_vllm(device=args.device, threads=args.threads, dtype=args.dtype)
     check_folder(args.out, args.resume)
     rows = config.rows()
     if args.engine == "vllm":
         policy = load_tokenizer(args.model)
-        with VLLMEngine(model_folder(args.model), slots=args.slots, dtype=args.dtype or "auto") as engine:
-            _show(rollout(policy, config, rows, args.out, args.resume, engine=engine))
+        served = load_vllm_guide(args.guide, policy, guidance, args.any_reference) if args.guide else None
+        folder = model_folder(args.model)
+        with VLLMEngine(folder, slots=args.slots, dtype=args.dtype or "auto", guide=served) as engine:
+            _show(rollout(policy, config, rows, args.out, args.resume, guide=served, engine=engine))
         return
     policy = load_model(args.model, args.device, args.dtype)  # takes time: after all that can be refused without it
     guide = load_guide(args.guide, policy, guidance, args.any_reference) if args.guide else None
