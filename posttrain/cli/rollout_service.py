@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"{name}: must be at least 1, got {value}")
-    check_for_vllm(guide=None, device=None, threads=None, dtype=args.dtype)
+    check_for_vllm(device=None, threads=None, dtype=args.dtype)
     key = os.environ.get("POSTTRAIN_API_KEY") if args.api_key is None else args.api_key
     check_open(args.host, key)
     policy = load_tokenizer(args.model)
