@@ -1,9 +1,9 @@
 """GRPO-lambda on TRL: group-relative policy optimisation whose length penalty is gated by how often a group is right.
 
-One method of TRL's GRPOTrainer is overridden, `_calculate_rewards`: rewards arrive there gathered for the whole generation
-batch, groups contiguous even where ranks share one, and lengths are gathered beside them. So everything else is TRL's own:
-losses, vLLM, adapters, several weighted rewards, two-sided masks. Whatever reads rewards later, filters among them, sees the
-shaped ones.
+One method of TRL's GRPOTrainer is overridden for it, `_calculate_rewards`: rewards arrive there gathered for the whole
+generation batch, groups contiguous even where ranks share one, and lengths are gathered beside them. (Another, the sampler,
+so that a resumed training goes on as it would have.) So everything else is TRL's own: losses, vLLM, adapters, several weighted
+rewards, two-sided masks. Whatever reads rewards later, filters among them, sees the shaped ones.
 """
 
 import inspect
@@ -175,12 +175,19 @@ class GRPOLambdaTrainer(GRPOTrainer):
     Weights, optimiser, schedule, random states and the log are the checkpoint's, the steps and the guard follow from
     the log; the count of batches without a finished completion begins anew.
 
-    Errors: UserError for a correctness_reward that is no reward function, a reward function that returns the wrong number
-    of rewards, or one that raises on the whole first batch.
+    Errors: UserError for args that are not a GRPOLambdaConfig, a correctness_reward that is no reward function, a reward
+    function that returns the wrong number of rewards, or one that raises on the whole first batch.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, model: Any, reward_funcs: Any = None, args: GRPOLambdaConfig | None = None, *others: Any, **kwargs: Any
+    ) -> None:
+        if args is None:  # as TRL's, with our own arguments
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = GRPOLambdaConfig(f"{name.rstrip('/').rpartition('/')[2]}-GRPO-lambda")
+        if not isinstance(args, GRPOLambdaConfig):
+            raise UserError(f"args: must be a GRPOLambdaConfig, got a {type(args).__name__}")
+        super().__init__(model, reward_funcs, args, *others, **kwargs)
         names, wanted = self.reward_func_names, self.args.correctness_reward
         if wanted is not None and wanted not in names:
             raise UserError(f"correctness_reward: no reward function {wanted!r}{nearest(wanted, names)}")

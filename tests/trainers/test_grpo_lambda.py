@@ -408,3 +408,12 @@ def test_two_ranks_choose_the_gate_that_one_would(tmp_path):
         expected = group_gated(correct, lengths, finished, gate_fraction=0.34)
         torch.testing.assert_close(torch.tensor(rewards).view(-1, 4), expected)
     assert reports[0]["log"] == reports[1]["log"]
+
+
+def test_arguments_are_ours(tmp_path):
+    policy = load_model("tiny", "cpu")
+    with pytest.raises(UserError, match="args: must be a GRPOLambdaConfig, got a GRPOConfig"):
+        GRPOLambdaTrainer(policy.model, verdicts, arguments(GRPOConfig, tmp_path), data())
+    if not torch.cuda.is_available():  # the default ones want a GPU, as TRL's own do
+        with pytest.raises(UserError, match="use_cpu"):
+            GRPOLambdaTrainer(policy.model, verdicts, train_dataset=data(), processing_class=policy.tokenizer)
