@@ -18,7 +18,7 @@ from vllm.v1.sample.logits_processor.state import BatchUpdateBuilder
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, build_custom_logits_processors
 
 from posttrain.decoding.guidance import Guidance
-from posttrain.decoding.vllm import ARCHITECTURE, BETA, CANDIDATES, PROCESSOR, compose, load_vllm_guide, register
+from posttrain.decoding.vllm import ARCHITECTURE, BETA, CANDIDATES, compose, load_vllm_guide, processors, register
 from posttrain.decoding.vllm_model import LOADED
 from posttrain.decoding.vllm_processor import GuidanceProcessor
 from posttrain.errors import UserError
@@ -115,7 +115,7 @@ def two_interfaces(engine):
         prefill_len=None,
         total_len=None,
     )
-    (second,) = build_custom_logits_processors(config, state, False, [PROCESSOR])
+    (second,) = build_custom_logits_processors(config, state, False, processors())
     told = [second.add_request(slot, params[1]) for slot in (4, 0)]  # whoever was there before
     told += [second.add_request(slot, one) for slot, one in zip(slots, params, strict=True)]
     mapping = torch.tensor(slots)
@@ -239,7 +239,7 @@ def main():
     folder = Path(work["scratch"]) / "composite"
     compose(model, guide, folder)
     register()
-    refuses = functools.partial(vllm.LLM, str(folder), enforce_eager=True, logits_processors=[PROCESSOR])
+    refuses = functools.partial(vllm.LLM, str(folder), enforce_eager=True, logits_processors=processors())
     done("architecture", json.loads((folder / "config.json").read_text())["architectures"] == [ARCHITECTURE])
     done("too long", refused(lambda: refuses(max_model_len=512)))
     done("lora", refused(lambda: refuses(max_model_len=320, enable_lora=True)))
