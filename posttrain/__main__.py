@@ -4,6 +4,8 @@ import os
 import signal
 from types import FrameType
 
+from posttrain.pipelines.ranks import rank
+
 
 def main() -> int:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where the caller has it ignored
@@ -29,7 +31,8 @@ def _interrupted(number: int, frame: FrameType | None) -> None:
 
 def _leave(number: int, frame: FrameType | None) -> None:
     """At once. What this loses is no more than kill -9 would: everything is written atomically."""
-    os.write(2, b"posttrain: interrupted; what is finished is kept\n")
+    if rank() == 0:
+        os.write(2, b"posttrain: interrupted; what is finished is kept\n")
     os._exit(130)
 
 

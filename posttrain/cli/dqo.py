@@ -21,6 +21,8 @@ def run(args: argparse.Namespace) -> None:
     overrides = {name: value for name, value in (("out", args.out), ("model", args.model)) if value is not None}
     config = build(dqo.DQORunConfig, {**read_yaml(args.config), **overrides})
     result = dqo.run(config)
+    if result is None:  # one of several processes, and not the first
+        return
     dqo.publish(
         result,
         f"DQO: {config.model} on {config.data}",

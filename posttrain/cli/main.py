@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from posttrain import __version__
 from posttrain.errors import UserError, nearest
+from posttrain.pipelines.ranks import let_the_first_speak, rank
 
 LEAD = "Value-based post-training of language models: sample, grade, learn, guide, measure."
 # name -> one-line help; the module posttrain.cli.<name>, with _ for -, holds add_arguments(parser) and run(args)
@@ -42,21 +43,27 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 the user's mistake (one line on stderr), 130 interrupted."""
+    """Exit code: 0 done, 2 the user's mistake (one line on stderr, of several processes together), 130 interrupted."""
     try:
         return _dispatch(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
+        let_the_first_speak()
         print(f"posttrain: error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `posttrain ... | head`
         sys.stderr.close()
         return 141
     except OSError as error:  # a full disk, a file that may not be read
+        let_the_first_speak()
         print(f"posttrain: error: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("posttrain: interrupted; what is finished is kept", file=sys.stderr)
+        if rank() == 0:
+            print("posttrain: interrupted; what is finished is kept", file=sys.stderr)
         return 130
+    except Exception:  # a bug, or what follows from another process's error
+        let_the_first_speak()
+        raise
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -6,7 +6,8 @@
     METHOD/           the same of every baseline that the configuration names (pipelines/baselines.py)
     summary.json, report.html
 
-What is finished is not made again; an interrupted training continues from its last checkpoint.
+What is finished is not made again; an interrupted training continues from its last checkpoint. Of several processes
+(`accelerate launch`) the first collects and measures, and all train.
 """
 
 import json
@@ -15,6 +16,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -24,15 +26,16 @@ from posttrain.evaluation.arms import Arm, sampled_arms
 from posttrain.evaluation.plots import length_histogram
 from posttrain.evaluation.report import Figure, write_report
 from posttrain.models.actor_critic import ActorCritic, new_critic
-from posttrain.models.load import Policy, load_model
+from posttrain.models.load import Policy, load_model, load_tokenizer
 from posttrain.pipelines import baselines
 from posttrain.pipelines.baselines import Baseline
+from posttrain.pipelines.ranks import Ranks, release
 from posttrain.pipelines.rollout import RolloutConfig, check_overlap, lengths_by_verdict, rollout
 from posttrain.pipelines.value_training import last_checkpoint
 from posttrain.provenance import hash_json, plain, versions, write_json
 from posttrain.rollouts.collect import reserved
 from posttrain.rollouts.engine import Sampling
-from posttrain.rollouts.table import RolloutTable
+from posttrain.rollouts.table import RolloutTable, read_table
 from posttrain.trainers.baselines import BaselineTraining, Method
 
 MADE_BY = "made_by.json"
@@ -146,32 +149,52 @@ class DQORun:
         }
 
 
-def run(config: DQORunConfig, say: Callable[[str], None] = print) -> DQORun:
-    """Errors: UserError naming the field, before anything is sampled where that is possible."""
+def run(config: DQORunConfig, say: Callable[[str], None] = print) -> DQORun | None:
+    """What the first process measured; None in the others. Errors: UserError naming the field, before anything is sampled
+    where that is possible."""
+    ranks = Ranks(config.device)
+    say = say if ranks.first else _silent
+    if config.baselines and ranks.count > 1:
+        raise UserError(
+            "baselines: are trained in one process; leave them out here, and add them in a run without a launcher: what is "
+            "finished is kept"
+        )
     out = Path(config.out)
     train_plan = _plan(config, config.train_split, config.train_prompts, config.train_samples)
     test_plan = _plan(config, config.test_split, config.test_prompts, config.test_samples)
     train_rows, test_rows = train_plan.rows(), test_plan.rows()
     check_overlap(train_rows, test_rows)
-    policy = load_model(config.model, config.device, "float32")
+    policy = load_model(config.model, ranks.device, "float32") if ranks.first else load_tokenizer(config.model)
     say(f"{config.train_split}: {config.train_samples} completions of each of {len(train_rows)} prompts")
-    table = rollout(policy, train_plan, train_rows, out / "train", resume=True, say=say)
-    with reserved(out / "policy"):
-        made = train(policy, table, config.training, out / "policy", config.seed, say)
-    say(f"{config.test_split}: {config.test_samples} completions of each of {len(test_rows)} prompts, before and after")
-    test = rollout(policy, test_plan, test_rows, out / "test", resume=True, say=_silent)
-    lengths = [[len(ids) for ids in row] for row in test.rectangle("completion_ids")]
-    arms = sampled_arms(test.rectangle("correct"), test.rectangle("extracted"), lengths, test.manifest["seconds"])
-    learned = table.manifest["seconds"] + made["seconds"]
-    arms["dqo"], trained = baselines.measure("dqo", title(config.training), out, policy, test_plan, test_rows, learned)
-    beside = {
-        method: baselines.run_baseline(
-            method, policy, table, getattr(config, method), out / method, test_plan, test_rows, config.seed, say
+    ranks.alone(lambda: rollout(policy, train_plan, train_rows, out / "train", resume=True, say=say))
+    table = read_table(out / "train")
+    if ranks.first:
+        policy.model.to("cpu")  # a GPU's memory is for training
+    with reserved(out / "policy") if ranks.first else nullcontext():
+        made = train(policy, table, config.training, out / "policy", config.seed, say, ranks)
+
+    def measured() -> DQORun:
+        policy.model.to(ranks.device)
+        say(
+            f"{config.test_split}: {config.test_samples} completions of each of {len(test_rows)} prompts, before and after"
         )
-        for method in config.baselines
-    }
-    arms |= {method: baseline.arm for method, baseline in beside.items()}
-    return DQORun(config, policy, arms, made, trained, beside)
+        test = rollout(policy, test_plan, test_rows, out / "test", resume=True, say=_silent)
+        lengths = [[len(ids) for ids in row] for row in test.rectangle("completion_ids")]
+        arms = sampled_arms(test.rectangle("correct"), test.rectangle("extracted"), lengths, test.manifest["seconds"])
+        learned = table.manifest["seconds"] + made["seconds"]
+        arms["dqo"], trained = baselines.measure(
+            "dqo", title(config.training), out, policy, test_plan, test_rows, learned
+        )
+        beside = {
+            method: baselines.run_baseline(
+                method, policy, table, getattr(config, method), out / method, test_plan, test_rows, config.seed, say
+            )
+            for method in config.baselines
+        }
+        arms |= {method: baseline.arm for method, baseline in beside.items()}
+        return DQORun(config, policy, arms, made, trained, beside)
+
+    return ranks.alone(measured)
 
 
 def train(
@@ -181,10 +204,12 @@ def train(
     folder: Path,
     seed: int = 0,
     say: Callable[[str], None] = print,
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """Trains on a table of the policy's completions and saves; what was made by the same table and settings is kept.
 
-    The policy's own model is left as it was. Returns what `made_by.json` says.
+    The policy's own model is left as it was. Returns what `made_by.json` says. ranks: those that train, all of which call
+    this; default: this process alone, on the policy's device.
     Errors: UserError naming `policy` for a folder that something else made, or as the examples say.
     """
     key = hash_json([table.manifest["shards"], policy.fingerprint, seed, plain(config)])
@@ -201,8 +226,9 @@ def train(
     from posttrain.trainers.dqo_examples import examples_of
 
     started = time.perf_counter()
+    ranks = ranks or Ranks(str(policy.model.device))
     shared = None not in (config.lora_rank, config.value_lora_rank)
-    start = load_model(policy.name, str(policy.model.device), "float32")
+    start = load_model(policy.name, ranks.device, "float32")
     model = ActorCritic(start.model, new_critic(start.model, policy.fingerprint, shared))
     examples = labelled(
         model,
@@ -212,7 +238,7 @@ def train(
         config.batch_size,
     )
     say(f"DQO on {len(examples)} completions")
-    scratch = folder.with_name(f"{folder.name}-checkpoints-{key[:12]}")
+    scratch = folder.with_name(f"{folder.name}-checkpoints-{hash_json([key, *ranks.launch])[:12]}")
     arguments = {
         name: value for name, value in plain(config).items() if name in {field.name for field in fields(DQOConfig)}
     }
@@ -223,7 +249,7 @@ def train(
             num_train_epochs=config.epochs,
             per_device_train_batch_size=config.batch_size,
             gradient_accumulation_steps=config.accumulation,
-            use_cpu=policy.model.device.type == "cpu",
+            use_cpu=ranks.device == "cpu",
             logging_steps=10,
             save_strategy="steps",
             save_steps=50,
@@ -239,6 +265,7 @@ def train(
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
     trainer.save(folder)
+    release(trainer)
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     made = {
         "key": key,
@@ -248,10 +275,12 @@ def train(
         "completions": len(examples),
         "last": log[-1] if log else {},
         "seconds": time.perf_counter() - started,
+        "processes": ranks.count,
         "versions": versions(),
     }
-    write_json(folder / MADE_BY, made)
-    shutil.rmtree(scratch, ignore_errors=True)
+    if ranks.first:
+        write_json(folder / MADE_BY, made)
+        shutil.rmtree(scratch, ignore_errors=True)
     return made
 
 

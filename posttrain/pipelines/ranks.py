@@ -1,0 +1,87 @@
+"""The processes that `accelerate launch` or `torchrun` started for one command: all train, the first does everything else."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from posttrain.errors import UserError
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(days=7)  # for all that the first process does alone
+GRACE = 20.0  # seconds that a process leaves the first one to say what is wrong
+
+
+LAUNCHED = {"RANK", "LOCAL_RANK", "WORLD_SIZE"}  # what every launcher tells its processes
+
+
+def rank() -> int:
+    """This process's number; 0 where there is no other."""
+    return int(os.environ["RANK"]) if os.environ.keys() >= LAUNCHED else 0
+
+
+class Ranks:
+    """The processes of this command, joined as accelerate joins them. device: as configured.
+
+    Errors: UserError naming `device`, which is each process's own.
+    """
+
+    def __init__(self, device: str | None) -> None:
+        import torch
+
+        self.count = int(os.environ["WORLD_SIZE"]) if os.environ.keys() >= LAUNCHED else 1
+        self.first = rank() == 0
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if self.count == 1:
+            return
+        if self.device not in ("cpu", "cuda"):
+            raise UserError(f"device: {device} would be that of all {self.count} processes; leave it out, or give cpu")
+        from accelerate import PartialState
+
+        # As transformers' TrainingArguments make it: DeepSpeed finds its device by itself, and a `cpu` would hide it.
+        deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+        self.device = str((PartialState() if deepspeed else PartialState(cpu=self.device == "cpu")).device)
+        self._waiting = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+
+    @property
+    def launch(self) -> list[Any]:
+        """How they were launched, as far as a checkpoint depends on it: it goes on only under the like."""
+        named = ("USE_DEEPSPEED", "DEEPSPEED_ZERO_STAGE", "DEEPSPEED_CONFIG_FILE")
+        return [self.count, *(os.environ.get(f"ACCELERATE_{name}") for name in named)] if self.count > 1 else []
+
+    def alone(self, work: Callable[[], T]) -> T | None:
+        """What `work` returns to the first process. The others wait for its end, and have None.
+
+        Errors: on the others, UserError where the first has ended.
+        """
+        found = work() if self.first else None
+        if self.count > 1:
+            import torch
+
+            try:
+                torch.distributed.barrier(self._waiting)
+            except RuntimeError:  # a closed connection; the first would have said why
+                raise UserError("launch: another process has ended; the last checkpoint is kept") from None
+        return found
+
+
+def release(trainer: Any) -> None:
+    """After training: frees what the trainer holds on its device, and models that are loaded from now on are whole again,
+    which under ZeRO-3 each would be a part of."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    trainer.accelerator.free_memory()
+    trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.lr_scheduler = None
+    unset_hf_deepspeed_config()
+
+
+def let_the_first_speak() -> None:
+    """Of a command that fails in all its processes, one says why. Returns in the first at once, elsewhere only where the error
+    is this process's own: as a rule the launcher ends it before, and it leaves with code 2."""
+    if rank():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))
+        time.sleep(GRACE)

@@ -1,0 +1,80 @@
+"""`accelerate launch` or `torchrun`, with `-m posttrain ...`: two processes train, the first does everything else."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM
+
+from tests.trainers.test_dqo_ranks import free_port
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+ROOT = Path(__file__).parents[2]
+DQO = {
+    **{"model": "tiny", "data": "arithmetic", "device": "cpu", "max_tokens": 96},
+    **{"train_prompts": 8, "train_samples": 4, "test_prompts": 6, "test_samples": 2},
+    "training": {"batch_size": 4, "epochs": 1, "critic_warmup_steps": 0},
+}
+
+
+def launched(folder: Path, config: dict, *options: str) -> subprocess.CompletedProcess[str]:
+    folder.mkdir(exist_ok=True)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(config))
+    launch = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    if options:
+        launch = [
+            "accelerate.commands.launch",
+            "--num_processes",
+            "2",
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+        ]
+        launch += ["--dynamo_backend", "no", "--main_process_port", str(free_port()), *options]
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            *launch,
+            "-m",
+            "posttrain",
+            "dqo",
+            "--config",
+            str(folder / "recipe.yaml"),
+            "--out",
+            str(folder / "run"),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+        timeout=900,
+    )
+
+
+@pytest.mark.deepspeed
+def test_dqo_under_zero_3(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    done = launched(tmp_path / "a", DQO, "--use_deepspeed", "--zero_stage", "3")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("policy: ") == 1  # the first process alone reports
+    out = tmp_path / "a" / "run"
+    assert json.loads((out / "policy" / "made_by.json").read_text())["processes"] == 2
+    trained = AutoModelForCausalLM.from_pretrained(out / "policy").state_dict()
+    base = AutoModelForCausalLM.from_pretrained(ROOT / "posttrain" / "assets" / "tiny").state_dict()
+    assert {name: weight.shape for name, weight in trained.items()} == {name: w.shape for name, w in base.items()}
+    assert any(not weight.equal(base[name]) for name, weight in trained.items())
+
+
+def test_dqo_under_ddp_and_one_readable_error(tmp_path: Path) -> None:
+    done = launched(tmp_path / "a", DQO)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "a" / "run" / "policy" / "made_by.json").read_text())["processes"] == 2
+
+    done = launched(tmp_path / "b", {**DQO, "baselines": ["rejection"]})
+    assert done.returncode != 0
+    assert done.stderr.count("posttrain: error: baselines: are trained in one process") == 1
