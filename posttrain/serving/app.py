@@ -35,6 +35,7 @@ from posttrain.serving.errors import ApiError, ErrorBody, json_response
 from posttrain.serving.exchange import Exchange
 from posttrain.serving.gate import Gate
 from posttrain.serving.metrics import Metrics
+from posttrain.serving.page import add_page
 from posttrain.serving.plan import Plan, chat_prompt, plan, text_prompts
 from posttrain.serving.schema import ChatRequest, CompletionRequest, GuidanceField, RerankField, Sampled
 from posttrain.serving.text import TextStream
@@ -268,6 +269,7 @@ def create_app(catalogue: Catalogue, key: str | None = None) -> FastAPI:
     async def metrics() -> Response:
         return Response(service.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    add_page(app)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(RequestValidationError, _on_wrong_body)
     app.add_exception_handler(HTTPException, _on_http_error)
