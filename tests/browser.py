@@ -29,8 +29,14 @@ class Page:
         self._session: str | None = None
         self._loaded = False
         self.complaints: list[str] = []
+        self.renew()
+
+    def renew(self) -> None:
+        """A new tab instead of this one, which remembers nothing of it."""
+        self._session = None
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.complaints.clear()
         for domain in ("Page", "Runtime", "Log"):
             self.call(f"{domain}.enable")
 
@@ -67,7 +73,7 @@ class Page:
 
     def move(self, selector: str) -> None:
         """The mouse, to the middle of an element."""
-        script = f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center'}});"
+        script = f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'nearest'}});"
         script += "const b = e.getClientRects()[0]; return [b.x + b.width / 2, b.y + b.height / 2] })()"
         x, y = self.run(script)
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
@@ -76,8 +82,10 @@ class Page:
         """light or dark"""
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
 
-    def screenshot(self, path: Path, width: int, height: int) -> None:
+    def resize(self, width: int, height: int) -> None:
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1.5, mobile=False)
+
+    def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
 
     def _hear(self) -> dict[str, Any]:

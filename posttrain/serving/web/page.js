@@ -47,8 +47,8 @@ function offer(card) {
   const list = (kind, names) => `${kind}: ${names.join(", ") || "none"}`;
   $("offer").textContent = [card.id, list("guides", card.guides), list("probes", card.probes)].join(" · ");
   for (const name of card.guides) $("guide").append(new Option(name, name));
-  for (const name of card.probes) $("scorer").append(new Option(`probe ${name}`, JSON.stringify({ probe: name })));
-  for (const name of card.guides) $("scorer").append(new Option(`value model of ${name}`, JSON.stringify({ guide: name })));
+  for (const name of card.probes) $("scorer").append(new Option(`probe: ${name}`, JSON.stringify({ probe: name })));
+  for (const name of card.guides) $("scorer").append(new Option(`value model: ${name}`, JSON.stringify({ guide: name })));
   $("guidance").hidden = !card.guides.length;
   $("rerank").hidden = !$("scorer").length;
   for (const hidden of document.querySelectorAll("#ask [hidden] input")) hidden.disabled = true;
