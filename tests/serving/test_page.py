@@ -3,6 +3,7 @@
 POSTTRAIN_SCREENSHOT=docs/serve.png makes the README's picture, of the guide and the probe in the folder POSTTRAIN_SHOWN.
 """
 
+import json
 import os
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 from posttrain.serving.catalogue import Catalogue
 from tests.browser import CHROMIUM, browser
-from tests.serving.conftest import KEY, serving
+from tests.serving.conftest import KEY, serving, wait_until
 
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 
@@ -141,7 +142,7 @@ def test_only_what_the_server_offers_is_shown(plain, opened):
 
 
 @in_browser
-def test_what_the_server_refuses_is_told_and_markup_is_text(plain, opened, monkeypatch):
+def test_what_the_server_refuses_is_told_and_markup_is_text(plain, opened):
     page = opened(plain.url)
     page.wait("!ask.hidden")
     ask(page, tokens=100_000)
@@ -161,7 +162,7 @@ def test_what_the_server_refuses_is_told_and_markup_is_text(plain, opened, monke
         ],
         "usage": {"completion_tokens": 1},
     }
-    page.run(f"window.fetch = async () => new Response({str(told).replace('None', 'null')!r}.replaceAll(\"'\", '\"'))")
+    page.run(f"window.fetch = async () => new Response({json.dumps(json.dumps(told))})")
     ask(page, tokens=10)
     assert (
         column(page, 0)["text"] == markup and page.run("document.querySelectorAll('main img, main script').length") == 0
@@ -169,6 +170,19 @@ def test_what_the_server_refuses_is_told_and_markup_is_text(plain, opened, monke
     page.move(".token")
     page.wait("!detail.hidden")
     assert page.run("detail.querySelectorAll('img, script').length") == 0
+
+
+@in_browser
+def test_stop_frees_the_server(plain, opened, slowly):
+    page = opened(plain.url)
+    page.wait("!ask.hidden")
+    page.run("go.click()")
+    wait_until(lambda: plain.service.worker.running)
+    assert page.run("go.textContent") == "Stop"
+    page.run("go.click()")
+    page.wait("go.textContent === 'Ask'")
+    wait_until(lambda: not plain.service.worker.running)
+    assert page.run("error.hidden && !document.querySelector('section')")
 
 
 @in_browser
