@@ -2,8 +2,8 @@
 
     posttrain serve --model tiny --guide runs/demo/value --probe runs/demo/probe
 
-SIGTERM ends it gracefully: what has begun is finished. Extra fields of a request: `guidance: {beta, top_k, guide}` and
-`rerank: {k, beta, probe}`.
+SIGTERM ends it gracefully: what has begun is finished. Extra fields of a request: `guidance: {beta, top_k, guide,
+explain}` and `rerank: {k, beta, probe}`, or `guide` instead of `probe` for best-of by a guide's value model.
 """
 
 import argparse

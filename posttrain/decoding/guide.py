@@ -21,8 +21,9 @@ from posttrain.errors import UserError
 from posttrain.models.cache import DecodeMasks, SlotCache, Tree, read_length, tree_attention
 from posttrain.models.load import Policy
 from posttrain.models.value import ValueModel, load_value_model, value_fingerprint
+from posttrain.objectives.qsharp import expected_return
 from posttrain.provenance import hash_json
-from posttrain.rollouts.engine import Request
+from posttrain.rollouts.engine import Candidate, Request
 
 MOST_WAITING = 16  # tokens of a row that may wait to be read: attention is padded to the longest queue
 
@@ -111,6 +112,13 @@ class _Scored:
     scored: list[bool]
 
 
+class _Law(NamedTuple):
+    """A step's guided law, and the value logits [scored rows, k(, atoms)] that it came of."""
+
+    tilted: Tilted
+    logits: Tensor | None
+
+
 class Guided(NamedTuple):
     """What a step samples from: scores [rows, columns]; which tokens the columns are, [rows, columns] (None: the whole
     vocabulary); the KL to the reference [rows], exactly 0 without guidance; and logsumexp of the reference's scores [rows].
@@ -131,6 +139,7 @@ class GuideSession:
         self.cache = SlotCache(slots, context + guide.guidance.candidates)
         self.rows: list[_Row | None] = []
         self._step: _Scored | None = None
+        self._law: _Law | None = None
 
     def add(self, requests: Sequence[Request], padded: Tensor, copies: Tensor | None) -> None:
         """Requests take the next slots. padded: int64 [distinct prompts, width], right-padded, without their last tokens;
@@ -162,7 +171,7 @@ class GuideSession:
             for row, is_scored in zip(self.rows, scored, strict=True)
         ]
         self._step = _Scored(candidates, read, scored)
-        log_tilt = torch.zeros_like(candidates.logprobs)
+        log_tilt, logits = torch.zeros_like(candidates.logprobs), None
         if any(scored) or (any(read) and not self.guide.reads_policy):
             betas = [row.beta if row else torch.inf for row in self.rows]
             which = torch.tensor(scored, device=scores.device).nonzero().squeeze(1)
@@ -172,6 +181,7 @@ class GuideSession:
                 heat = None if temperature is None else temperature[which]
                 log_tilt[which] = log_tilts(self.value, logits, beta, candidates.valid[which], heat, guidance)
         tilted = Tilted.of(candidates, log_tilt, guidance.outside)
+        self._law = _Law(tilted, logits)
         if None not in self.rows:
             if guidance.outside == "mask":  # nothing else can be sampled: a draw among k tokens, not among them all
                 ids, order = candidates.ids.sort(-1)  # in the vocabulary's order, so that a seed draws the same token
@@ -183,6 +193,23 @@ class GuideSession:
         guided = guided_scores(scores, candidates, tilted, guidance.outside)
         guided = torch.where(free.unsqueeze(-1), scores, guided)
         return Guided(guided, None, tilted.kl.masked_fill(free, 0), candidates.total)
+
+    def explain(self, slots: Sequence[int]) -> list[tuple[Candidate, ...]]:
+        """The last step's candidates of guided rows, which are still where they were."""
+        assert self._step is not None and self._law is not None
+        candidates, scored = self._step.candidates, self._step.scored
+        values: dict[int, list[float]] = {}
+        if self._law.logits is not None:
+            returns = expected_return(self._law.logits.float(), self.value.atoms).tolist()
+            values = dict(zip((slot for slot, asked in enumerate(scored) if asked), returns, strict=True))
+        explained = []
+        for slot in slots:
+            count = int(candidates.valid[slot].sum())
+            columns = (candidates.ids, candidates.logprobs, self._law.tilted.logprobs)
+            told = [column[slot, :count].tolist() for column in columns]
+            told.append(values[slot][:count] if slot in values else [None])
+            explained.append(tuple(map(Candidate, *told)))
+        return explained
 
     def advance(self, tokens: Tensor, sampled: Sequence[int]) -> None:
         """After a step: tokens int64 [rows], and the same as a list."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from posttrain.decoding.guide import Guided, GuideSession, ValueGuide
-from posttrain.rollouts.engine import Request
+from posttrain.rollouts.engine import Candidate, Request
 
 
 class Guides:
@@ -48,6 +48,10 @@ class GuidesSession:
             guided = session.guide_step(scores, temperature, states)
             scores, kl = guided.scores, kl + guided.kl
         return Guided(scores, None, kl, total)
+
+    def explain(self, slots: Sequence[int]) -> list[tuple[Candidate, ...]]:
+        owners = [next(session for session in self._active if session.rows[slot]) for slot in slots]
+        return [candidates for owner, slot in zip(owners, slots, strict=True) for candidates in owner.explain([slot])]
 
     def advance(self, tokens: Tensor, sampled: Sequence[int]) -> None:
         for session in self._active:

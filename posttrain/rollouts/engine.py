@@ -55,7 +55,7 @@ class Request:
 
     beta: the KL coefficient of the engine's guide for this request, in units of the reward; None: no guidance. guide: which
     guide, where the engine has several. candidates: value only so many of the tokens that the guide would value.
-    top_logprobs: also report the most likely tokens of every step.
+    top_logprobs: also report the most likely tokens of every step. explain: also report what the guide did at every step.
     Errors: UserError for a beta below LEAST_BETA, candidates below 1, or negative top_logprobs.
     """
 
@@ -66,6 +66,7 @@ class Request:
     guide: str | None = None
     candidates: int | None = None
     top_logprobs: int = 0
+    explain: bool = False
 
     def __post_init__(self) -> None:
         if self.candidates is not None and self.candidates < 1:
@@ -74,6 +75,27 @@ class Request:
             raise UserError(f"top_logprobs: must not be negative, got {self.top_logprobs}")
         if self.beta is not None and not self.beta >= LEAST_BETA:
             raise UserError(f"beta: must be at least {LEAST_BETA:g} (infinite: no tilt), got {self.beta}")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A token that could be sampled: its log-probabilities under softmax(logits / temperature) and under the guided law,
+    before top-k and top-p, and the value model's expected return of going on with it; None: it was not asked, since no other
+    token was a candidate."""
+
+    id: int
+    reference: float
+    logprob: float
+    value: float | None
+
+
+@dataclass(frozen=True)
+class GuidedStep:
+    """What guidance did at a token. reference: the sampled token's log-probability under softmax(logits / temperature);
+    candidates: best first under that law."""
+
+    reference: float
+    candidates: tuple[Candidate, ...]
 
 
 @dataclass(frozen=True)
@@ -90,6 +112,8 @@ class Completion:
 
     `top_logprobs`: of every step the request's `top_logprobs` most likely tokens (id, log-probability), best first, under
     the law that `logprobs` are of; a token that could not be drawn is not among them.
+
+    `steps`: of a guided request that asked to `explain`, one for each of `ids`.
     """
 
     request_id: int
@@ -100,6 +124,7 @@ class Completion:
     kl: float = 0.0
     log_ratio: float = 0.0
     top_logprobs: tuple[TopLogprobs, ...] = ()
+    steps: tuple[GuidedStep, ...] = ()
     text: str | None = None  # of an engine that tells nothing else: `ids` then only count, and there are no `logprobs`
 
 

@@ -18,7 +18,15 @@ from torch import Tensor
 from posttrain.errors import UserError
 from posttrain.models.cache import DecodeMasks, SlotCache, decode_attention, read_length
 from posttrain.models.load import end_ids
-from posttrain.rollouts.engine import Completion, FinishReason, Request, TopLogprobs, check_request, first_stop
+from posttrain.rollouts.engine import (
+    Completion,
+    FinishReason,
+    GuidedStep,
+    Request,
+    TopLogprobs,
+    check_request,
+    first_stop,
+)
 from posttrain.rollouts.sampling import Law, noise
 
 STOP_SLACK = 8  # tokens before a stop text that are decoded with it: the first of them may be half a character
@@ -141,7 +149,7 @@ class Guide(Protocol):
 class Row:
     """A request in a slot."""
 
-    __slots__ = ("ids", "kl", "limit", "log_ratio", "logprobs", "request", "stop", "stops", "tops")
+    __slots__ = ("ids", "kl", "limit", "log_ratio", "logprobs", "request", "steps", "stop", "stops", "tops")
 
     def __init__(self, request: Request, eos_ids: frozenset[int]) -> None:
         self.request = request
@@ -150,6 +158,7 @@ class Row:
         self.ids: list[int] = []
         self.logprobs: list[float] = []
         self.tops: list[TopLogprobs] = []
+        self.steps: list[GuidedStep] = []
         self.kl = self.log_ratio = 0.0
         self.stop: str | None = None
 
@@ -173,6 +182,7 @@ class Row:
             kl=self.kl,
             log_ratio=self.log_ratio,
             top_logprobs=tuple(self.tops),
+            steps=tuple(self.steps),
         )
 
     def meets_stop(self, tokenizer: Any) -> bool:
@@ -276,6 +286,7 @@ class Batch:
             reference = scores.gather(1, self.tokens.unsqueeze(1)).squeeze(1) - guided.total
             outcome = [self.tokens.double(), logprobs.double(), guided.kl, (logprobs - reference).double()]
             sampled_from, columns = guided.scores, guided.ids
+            self._note_steps(reference)
         self.positions = self.positions + 1
         sampled, sampled_logprobs, *shifts = torch.stack(outcome).tolist()
         if math.isnan(sum(sampled_logprobs)):
@@ -315,6 +326,16 @@ class Batch:
             row = self.rows[slot]
             pairs = list(zip(*top, strict=True))[: row.request.top_logprobs]
             row.tops.append(tuple((token, logprob) for token, logprob in pairs if logprob > -math.inf))
+
+    def _note_steps(self, references: Tensor) -> None:
+        """references [rows]: of the sampled tokens."""
+        wanted = [slot for slot, row in enumerate(self.rows) if row.request.explain and row.request.beta is not None]
+        if not wanted:
+            return
+        assert self.guide
+        explained = self.guide.explain(wanted)
+        for slot, reference, candidates in zip(wanted, references[wanted].tolist(), explained, strict=True):
+            self.rows[slot].steps.append(GuidedStep(reference, candidates))
 
     def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor | dict[str, Tensor] | None) -> Tensor:
         return self.model(

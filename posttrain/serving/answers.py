@@ -3,7 +3,7 @@
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from posttrain.rollouts.engine import Completion
@@ -53,6 +53,22 @@ class Answers:
 
     def delta(self, index: int, text: str, shown: Sequence[Shown] | None, reason: str | None) -> Json:
         raise NotImplementedError
+
+    def guided(self, completion: Completion) -> Json:
+        """How far guidance moved a completion, in nats; where that was asked, what it did at every token."""
+        told: Json = {"kl": completion.kl, "log_ratio": completion.log_ratio}
+        if completion.steps:
+            tokens = zip(completion.ids, completion.logprobs, completion.steps, strict=True)
+            told["tokens"] = [
+                {
+                    "token": self._name(id),
+                    "logprob": logprob,
+                    "reference": step.reference,
+                    "candidates": [{**asdict(one), "token": self._name(one.id)} for one in step.candidates],
+                }
+                for id, logprob, step in tokens
+            ]
+        return {"guidance": told}
 
     def _name(self, id: int) -> str:
         return self.tokenizer.decode([id], skip_special_tokens=False)
@@ -123,11 +139,6 @@ def all_shown(tokenizer: Any, completion: Completion) -> list[Shown]:
         shown.append(Shown(token, stream.length))
         stream.push(token.id)
     return shown
-
-
-def guided_by(completion: Completion) -> Json:
-    """How far guidance moved a completion, in nats."""
-    return {"guidance": {"kl": completion.kl, "log_ratio": completion.log_ratio}}
 
 
 def usage_of(prompts: Sequence[Sequence[int]], completions: int) -> Json:

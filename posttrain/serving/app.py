@@ -17,6 +17,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from posttrain.errors import nearest
+from posttrain.objectives.qprobe import select
 from posttrain.rollouts.collect import completion_text
 from posttrain.rollouts.engine import Completion
 from posttrain.serving.answers import (
@@ -26,7 +27,6 @@ from posttrain.serving.answers import (
     Shown,
     TextAnswers,
     all_shown,
-    guided_by,
     tokens_of,
     usage_of,
 )
@@ -35,6 +35,7 @@ from posttrain.serving.errors import ApiError, ErrorBody, json_response
 from posttrain.serving.exchange import Exchange
 from posttrain.serving.gate import Gate
 from posttrain.serving.metrics import Metrics
+from posttrain.serving.page import add_page
 from posttrain.serving.plan import Plan, chat_prompt, plan, text_prompts
 from posttrain.serving.schema import ChatRequest, CompletionRequest, GuidanceField, RerankField, Sampled
 from posttrain.serving.text import TextStream
@@ -98,7 +99,7 @@ class Service:
             shown = all_shown(self.tokenizer, completion) if planned.logprobs else None
             text = completion_text(self.tokenizer, completion)
             choice = answers.choice(index, text, shown, completion.finish_reason)
-            choices.append({**choice, **self._guided(planned, completion)})
+            choices.append({**choice, **self._guided(planned, completion, answers)})
         return answers.whole(choices, usage, more)
 
     async def _finished(self, planned: Plan, exchange: Exchange) -> tuple[list[Completion], Json, Json]:
@@ -110,13 +111,13 @@ class Service:
         rerank = planned.rerank
         if rerank is None:
             return completions, usage, {}
-        reranker = self.catalogue.rerankers[rerank.probe]
         generator = torch.Generator().manual_seed(planned.seed)
         [prompt], ids = planned.prompts, [completion.ids for completion in completions]
-        chosen, scores = await asyncio.wrap_future(
-            self.worker.call(lambda: reranker.choose(prompt, ids, rerank.beta, generator))
+        scores = await asyncio.wrap_future(
+            self.worker.call(lambda: self.catalogue.scores(rerank.by, rerank.name, prompt, ids))
         )
-        told = {"probe": rerank.probe, "beta": rerank.beta, "scores": scores.tolist(), "chosen": chosen}
+        chosen = int(select(scores[None], rerank.beta, generator))
+        told = {rerank.by: rerank.name, "beta": rerank.beta, "scores": scores.tolist(), "chosen": chosen}
         return [completions[chosen]], usage, {"rerank": told}
 
     async def _stream(
@@ -158,10 +159,10 @@ class Service:
 
     def _last(self, voice: "_Voice", index: int, completion: Completion, planned: Plan, answers: Answers) -> Json:
         delta = answers.delta(index, *voice.end(completion), completion.finish_reason)
-        return {**delta, **self._guided(planned, completion)}
+        return {**delta, **self._guided(planned, completion, answers)}
 
-    def _guided(self, planned: Plan, completion: Completion) -> Json:
-        return guided_by(completion) if planned.requests[0].beta is not None else {}
+    def _guided(self, planned: Plan, completion: Completion, answers: Answers) -> Json:
+        return answers.guided(completion) if planned.requests[0].beta is not None else {}
 
 
 class _Voice:
@@ -268,6 +269,7 @@ def create_app(catalogue: Catalogue, key: str | None = None) -> FastAPI:
     async def metrics() -> Response:
         return Response(service.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    add_page(app)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(RequestValidationError, _on_wrong_body)
     app.add_exception_handler(HTTPException, _on_http_error)

@@ -4,11 +4,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
 
 from posttrain.decoding.guidance import Guidance
 from posttrain.decoding.guide import ValueGuide, load_guide
 from posttrain.decoding.guides import Guides
 from posttrain.decoding.rerank import Reranker
+from posttrain.decoding.reward_model import value_scores
 from posttrain.errors import UserError, nearest
 from posttrain.models.load import Policy
 from posttrain.models.probe import Probe
@@ -75,6 +79,15 @@ class Catalogue:
             slots,
             limits or Limits(),
         )
+
+    def scores(
+        self, by: Literal["probe", "guide"], name: str, prompt: Sequence[int], completions: Sequence[Sequence[int]]
+    ) -> Tensor:
+        """Of one prompt's completions, [completions]: a probe's, or the returns that a guide's value model expects."""
+        if by == "probe":
+            return self.rerankers[name].score(prompt, completions)
+        rows = [(prompt, completion) for completion in completions]
+        return value_scores(self.guides[name].value, rows, self.policy.model)
 
     def check_model(self, name: str | None) -> None:
         if name not in (None, self.name):

@@ -10,8 +10,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from posttrain.serving.errors import ApiError
 from posttrain.serving.metrics import Metrics
+from posttrain.serving.page import FILES as PAGE
 
-OPEN = "/health"
+HEALTH = "/health"
 FLUSHED = 64 << 20  # bytes of a body too large that are read and thrown away, so that its sender hears why
 
 
@@ -24,8 +25,9 @@ def is_local(host: str) -> bool:
 
 
 class Gate:
-    """ASGI. key: what clients must bring as `Authorization: Bearer KEY`, everywhere but at `/health`; None: nothing, but they
-    must have asked for this machine by a name of its own: a web page can point a name of its own at it, too."""
+    """ASGI. key: what clients must bring as `Authorization: Bearer KEY`, everywhere but at `/health` and for the page at `/`;
+    None: nothing, but they must have asked for this machine by a name of its own: a web page can point a name of its own at
+    it, too."""
 
     def __init__(
         self, app: ASGIApp, key: str | None, body: int, metrics: Metrics, known: Callable[[str], bool]
@@ -58,13 +60,15 @@ class Gate:
         self.metrics.seconds.labels(path).observe(time.perf_counter() - start)
 
     def _check_key(self, scope: Scope) -> None:
-        if scope["path"] == OPEN:
+        if scope["path"] == HEALTH:
             return
         headers = dict(scope["headers"])
         if self.key is None:
             host = headers.get(b"host", b"").decode("latin-1")
             if not is_local(re.sub(r":\d*$", "", host).strip("[]")):
                 raise ApiError(403, "host: a server without a key answers to localhost only", code="host_not_local")
+            return
+        if scope["path"] in PAGE:  # it asks for the key
             return
         given = headers.get(b"authorization", b"")
         if not hmac.compare_digest(given, self.key):

@@ -3,7 +3,7 @@
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from posttrain.data.prompts import render
 from posttrain.errors import UserError
@@ -18,7 +18,10 @@ DEFAULT_TOKENS = 16  # of /v1/completions, as at OpenAI; a chat may fill the con
 
 @dataclass(frozen=True)
 class Rerank:
-    probe: str
+    """by: `probe`, or `guide` for its value model, of that name."""
+
+    by: Literal["probe", "guide"]
+    name: str
     k: int
     beta: float
 
@@ -77,6 +80,7 @@ def _plan(body: Sampled, prompts: list[tuple[int, ...]], catalogue: Catalogue, i
         name, count = ("rerank.k", rerank.k) if rerank else ("n", samples)
         raise ApiError(400, f"{name}: at most {most} completions for one request, got {count} * {len(prompts)}", name)
     guide, beta, candidates = _guidance(body.guidance, catalogue)
+    explain = body.guidance is not None and body.guidance.explain
     logprobs, top = _logprobs(body)
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     seed = secrets.randbits(62) if body.seed is None else body.seed
@@ -91,7 +95,7 @@ def _plan(body: Sampled, prompts: list[tuple[int, ...]], catalogue: Catalogue, i
                 seed=completion_seed(seed, str(number), sample) if number or sample else seed,
                 stop=stop,
             )
-            request = Request(next(ids), prompt, sampling, beta, guide, candidates, top)
+            request = Request(next(ids), prompt, sampling, beta, guide, candidates, top, explain)
             check_request(request, catalogue.engine.context, f"number {number}" if len(prompts) > 1 else "it")
             catalogue.engine.check(request)
             requests.append(request)
@@ -105,7 +109,12 @@ def _rerank(body: Sampled, prompts: int, catalogue: Catalogue) -> Rerank | None:
         raise ApiError(400, f"n: must be 1 with rerank, which keeps one completion, got {body.n}", "n")
     if prompts > 1:
         raise ApiError(400, f"prompt: rerank takes one prompt, got {prompts}", "prompt")
-    return Rerank(catalogue.probe_name(body.rerank.probe), body.rerank.k, body.rerank.beta)
+    field = body.rerank
+    if field.guide is None:
+        return Rerank("probe", catalogue.probe_name(field.probe), field.k, field.beta)
+    if field.probe is not None:
+        raise ApiError(400, "rerank: scores by a probe or by a guide's value model; give one of them", "rerank")
+    return Rerank("guide", catalogue.guide_name(field.guide), field.k, field.beta)
 
 
 def _guidance(field: GuidanceField | None, catalogue: Catalogue) -> tuple[str | None, float | None, int | None]:

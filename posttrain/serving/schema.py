@@ -28,19 +28,23 @@ class Body(BaseModel):
 
 
 class GuidanceField(Body):
-    """beta: KL coefficient, in units of the reward; top_k: how many tokens are valued; guide: its name, where there are several."""
+    """beta: KL coefficient, in units of the reward; top_k: how many tokens are valued; guide: its name, where there are several;
+    explain: tell what it did at every token."""
 
     beta: Annotated[float, Field(gt=0)] = 0.1
     top_k: Count | None = None
     guide: Text | None = None
+    explain: bool = False
 
 
 class RerankField(Body):
-    """k: completions to sample; beta: 0 keeps the best, above 0 draws by softmax(score / beta); probe: as `guide`."""
+    """k: completions to sample; beta: 0 keeps the best, above 0 draws by softmax(score / beta); probe: as `guide` above;
+    guide: score by this guide's value model, at the last token, instead of by a probe."""
 
     k: Count
     beta: Annotated[float, Field(ge=0)] = 0.0
     probe: Text | None = None
+    guide: Text | None = None
 
 
 class StreamOptions(Body):

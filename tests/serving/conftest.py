@@ -70,9 +70,11 @@ def serving(catalogue: Catalogue, key: str | None = KEY) -> Iterator[SimpleNames
             server.should_exit = True
 
         url = f"http://127.0.0.1:{bound.getsockname()[1]}"
-        yield SimpleNamespace(url=url, service=app.state.service, stop=stop, thread=thread)
-        stop()
-        thread.join(30)
+        try:
+            yield SimpleNamespace(url=url, service=app.state.service, stop=stop, thread=thread)
+        finally:
+            stop()
+            thread.join(30)
         assert not thread.is_alive()
 
 

@@ -6,6 +6,8 @@ import pytest
 
 from posttrain.data.prompts import render
 from posttrain.decoding.guides import Guides
+from posttrain.decoding.reward_model import value_scores
+from posttrain.rollouts.collect import completion_seed
 from posttrain.rollouts.engine import Request, Sampling
 from posttrain.rollouts.transformers import TransformersEngine
 
@@ -94,6 +96,48 @@ def test_rerank_keeps_the_best_of_k_with_its_scores(http, catalogue, probe):
     assert again.item() == pytest.approx(scores[best], abs=0.02)  # features are float16
 
 
+@pytest.mark.parametrize("guide", ["q", "own"])
+def test_rerank_by_a_guide_keeps_what_its_value_model_expects_most_of(http, catalogue, guide):
+    told = ask(http, rerank={"k": 6, "guide": guide})
+    rows = sampled_six(catalogue)
+    scores = value_scores(catalogue.guides[guide].value, rows, catalogue.policy.model).tolist()
+    assert told["rerank"]["scores"] == pytest.approx(scores, abs=1e-5) and len(set(scores)) > 2
+    best = scores.index(max(scores))
+    assert told["rerank"]["chosen"] == best and told["rerank"]["guide"] == guide and "probe" not in told["rerank"]
+    text = catalogue.policy.tokenizer.decode(rows[best][1], skip_special_tokens=True)
+    assert [choice["message"]["content"] for choice in told["choices"]] == [text]
+
+
+def sampled_six(catalogue):
+    """The samples of `ask(http, rerank={"k": 6})`, from the engine."""
+    prompt = tuple(render(catalogue.policy.tokenizer, MESSAGES))
+    seeds = [7, *(completion_seed(7, "0", sample) for sample in range(1, 6))]
+    asked = [Request(i, prompt, Sampling(1.3, max_tokens=40, seed=seed)) for i, seed in enumerate(seeds)]
+    done = sorted(catalogue.engine.generate(asked), key=lambda completion: completion.request_id)
+    return [(prompt, completion.ids) for completion in done]
+
+
+def test_a_guide_explains_every_token_when_asked(http, client, catalogue):
+    field = {"beta": 0.05, "guide": "q", "top_k": 5}
+    plain = ask(http, guidance=field)["choices"][0]
+    told = ask(http, guidance={**field, "explain": True}, logprobs=True)["choices"][0]
+    tokens = told["guidance"].pop("tokens")
+    assert {**told, "logprobs": None} == plain  # nothing else changes
+    assert [(t["token"], t["logprob"]) for t in tokens] == [
+        (t["token"], t["logprob"]) for t in told["logprobs"]["content"]
+    ]
+    moved = sum(token["logprob"] - token["reference"] for token in tokens)
+    assert moved == pytest.approx(plain["guidance"]["log_ratio"], abs=1e-4)
+    for token in tokens:
+        assert 1 <= len(token["candidates"]) <= 5
+        names = [one["token"] for one in token["candidates"]]
+        assert token["token"] in names and all(0 <= one["value"] <= 1 for one in token["candidates"] if len(names) > 1)
+    *_, last = client.chat.completions.create(
+        model="tiny", **LAW, extra_body={"guidance": {**field, "explain": True}}, stream=True
+    )
+    assert last.choices[0].guidance["tokens"] == tokens
+
+
 def test_rerank_counts_all_that_it_sampled(http):
     sampled = ask(http, n=6)["usage"]
     assert ask(http, rerank={"k": 6, "probe": "mean"})["usage"] == sampled
@@ -128,6 +172,9 @@ def test_rerank_streams_what_it_chose(client):
         ({"rerank": {"k": -2}}, 400, "rerank.k: "),
         ({"rerank": {"k": 2, "beta": -1}}, 400, "rerank.beta: "),
         ({"rerank": {"k": 2, "probe": "meen"}}, 404, "probe: there is no 'meen' here (did you mean mean?)"),
+        ({"rerank": {"k": 2, "guide": "own2"}}, 404, "guide: there is no 'own2' here (did you mean own?)"),
+        ({"rerank": {"k": 2, "probe": "mean", "guide": "q"}}, 400, "rerank: "),
+        ({"guidance": {"guide": "q", "explain": 1}}, 400, "guidance.explain: "),
         ({"rerank": {"k": 2, "probe": "mean"}, "n": 2}, 400, "n: must be 1 with rerank"),
     ],
 )
