@@ -181,7 +181,7 @@ def run(config: GRPOLambdaRunConfig, say: Callable[[str], None] = print) -> GRPO
     check_overlap([*rows, *held_out], test_rows)
     policy = load_model(config.model, config.device, "float32")
     for name in config.arms:
-        _arguments(config, name, out, policy)  # refused now, not after a minute of sampling
+        arguments(config, name, out, _on_cpu(policy))  # refused now, not after a minute of sampling
     say(f"{config.test_split}: {config.test_samples} completions of each of {len(test_rows)} prompts")
     tables = {"base": rollout(policy, plan, test_rows, out / "test", resume=True, say=say)}
     lengths = [[len(ids) for ids in row] for row in tables["base"].rectangle("completion_ids")]
@@ -240,7 +240,7 @@ def train(
         trainer = GRPOLambdaTrainer(
             start.model,
             correctness,
-            _arguments(config, arm, scratch, policy),
+            arguments(config, arm, scratch, _on_cpu(policy)),
             train_set,
             eval_set if held_out else None,
             processing_class=start.tokenizer,
@@ -317,7 +317,11 @@ def _settings(config: GRPOLambdaRunConfig, arm: str) -> GRPOLambdaTraining:
     return replace(config.training, **ARMS[arm][1])
 
 
-def _arguments(config: GRPOLambdaRunConfig, arm: str, folder: Path, policy: Policy) -> Any:
+def _on_cpu(policy: Policy) -> bool:
+    return policy.model.device.type == "cpu"
+
+
+def arguments(config: GRPOLambdaRunConfig, arm: str, folder: Path, cpu: bool) -> Any:
     """The trainer's configuration. Errors: UserError naming the field."""
     from posttrain.trainers.grpo_lambda import GRPOLambdaConfig
 
@@ -331,7 +335,7 @@ def _arguments(config: GRPOLambdaRunConfig, arm: str, folder: Path, policy: Poli
         "output_dir": str(folder),
         "gradient_accumulation_steps": settings.prompts_per_step * settings.samples // settings.batch_size,
         "seed": config.seed,
-        "use_cpu": policy.model.device.type == "cpu",
+        "use_cpu": cpu,
     }
     if config.validation_prompts:
         samples = config.validation_samples
@@ -355,7 +359,7 @@ def _arguments(config: GRPOLambdaRunConfig, arm: str, folder: Path, policy: Poli
 
 def _rollouts(config: GRPOLambdaRunConfig, policy: Policy) -> Any:
     """Our engine on CPU; elsewhere, and with vLLM, TRL's own ways."""
-    if policy.model.device.type != "cpu" or config.training.trl.get("use_vllm"):
+    if not _on_cpu(policy) or config.training.trl.get("use_vllm"):
         return None
     from posttrain.trainers.engine_rollouts import engine_rollouts
 
