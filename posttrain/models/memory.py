@@ -174,3 +174,8 @@ def kv_cache(model: Architecture, slots: int, time: int, width: int) -> int:
 def forward(model: Architecture, tokens: int, width: int) -> int:
     """A forward without a backward: what one layer holds at once."""
     return tokens * width * (3 * model.inner + 4 * model.hidden)
+
+
+def host_state(module: Trained) -> int:
+    """What an offloaded optimiser keeps of a module, on all ranks together: moments, master copy, gradients."""
+    return (ADAM + 2 * MASTER) * module.learning

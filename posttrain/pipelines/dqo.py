@@ -24,7 +24,7 @@ from posttrain.evaluation.arms import Arm, sampled_arms
 from posttrain.evaluation.plots import length_histogram
 from posttrain.evaluation.report import Figure, write_report
 from posttrain.models.actor_critic import ActorCritic, new_critic
-from posttrain.models.load import Policy, load_model
+from posttrain.models.load import Policy, load_model, set_aside
 from posttrain.pipelines import baselines
 from posttrain.pipelines.baselines import Baseline
 from posttrain.pipelines.rollout import RolloutConfig, check_overlap, lengths_by_verdict, rollout
@@ -195,6 +195,21 @@ def train(
                 f"policy: {folder} was trained on other completions or with other settings; delete it, or give another out"
             )
         return made
+    device = str(policy.model.device)
+    with set_aside(policy):  # a GPU has room for training's two models, not for three
+        return _learn(policy, device, table, config, folder, seed, key, say)
+
+
+def _learn(
+    policy: Policy,
+    device: str,
+    table: RolloutTable,
+    config: DQOTraining,
+    folder: Path,
+    seed: int,
+    key: str,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
     from transformers import PrinterCallback  # with the trainer below, seconds of import
 
     from posttrain.trainers.dqo import DQOConfig, DQOTrainer, labelled
@@ -202,7 +217,7 @@ def train(
 
     started = time.perf_counter()
     shared = None not in (config.lora_rank, config.value_lora_rank)
-    start = load_model(policy.name, str(policy.model.device), "float32")
+    start = load_model(policy.name, device, "float32")
     model = ActorCritic(start.model, new_critic(start.model, policy.fingerprint, shared))
     examples = labelled(
         model,
@@ -223,7 +238,7 @@ def train(
             num_train_epochs=config.epochs,
             per_device_train_batch_size=config.batch_size,
             gradient_accumulation_steps=config.accumulation,
-            use_cpu=policy.model.device.type == "cpu",
+            use_cpu=device == "cpu",
             logging_steps=10,
             save_strategy="steps",
             save_steps=50,
