@@ -9,8 +9,12 @@ what each GPU needs in every stage, and where that is more than there is, says w
 """
 
 import argparse
+from typing import TYPE_CHECKING
 
 from posttrain.errors import UserError
+
+if TYPE_CHECKING:
+    from posttrain.pipelines.recipe_memory import Knob
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,12 +78,18 @@ def _check(name: str, gpus: int | None, gigabytes: float) -> int:
     stage = max(stages, key=lambda stage: sum(stages[stage].values()))
     print(f"does not fit: {stage} needs {_gb(peak)} GB, and of {gigabytes:g} GB {_gb(machine.usable)} can be used")
     turned = needs.knobs(recipe, machine)
-    if turned:
-        rows = [(knob.change, _gb(knob.peak), "yes" if knob.peak <= machine.usable else "no") for knob in turned]
-        print_table(("what to change", "GB", "fits"), rows)
-    else:
-        print("no setting of this recipe makes it smaller: take a smaller model, or larger GPUs")
+    print_table(("what to change", "GB then", "fits"), [_row(knob, machine.usable) for knob in turned])
+    if not any(knob.peak <= machine.usable for knob in turned):
+        steps = needs.way(recipe, machine)
+        if steps and steps[-1].peak <= machine.usable:
+            print_table(("one after the other", "GB then", "fits"), [_row(knob, machine.usable) for knob in steps])
+        else:
+            print("no settings make it fit: take a smaller model, more GPUs, or larger ones")
     return 1
+
+
+def _row(knob: "Knob", usable: float) -> tuple[str, str, str]:
+    return knob.change, _gb(knob.peak), "yes" if knob.peak <= usable else "no"
 
 
 def _gb(size: float) -> str:

@@ -1,5 +1,6 @@
 """What a recipe needs of each GPU, stage by stage, whether it is there, and what to change where it is not."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,9 +35,10 @@ class Machine:
 
 @dataclass(frozen=True)
 class Knob:
-    """A change, and what would then be the most that a rank needs."""
+    """A change, the recipe with it, and what would then be the most that a rank needs."""
 
     change: str
+    recipe: Recipe
     peak: int
 
 
@@ -68,18 +70,32 @@ def on_host(recipe: Recipe, machine: Machine) -> int:
 
 
 def knobs(recipe: Recipe, machine: Machine) -> list[Knob]:
-    """What lowers the peak, the best first. One that has many steps is turned until it fits, or as far as it goes."""
+    """What lowers the peak, the best first. One that has many steps is turned until it fits, or helps no more."""
     before, found = peak(reckon(recipe, machine)), []
     for turn in (_launchers, _switches, _halved):
         for changes in turn(recipe):
-            last = None
+            best: Knob | None = None
             for change, changed in changes:
-                last = Knob(change, peak(reckon(changed, machine)))
-                if last.peak <= machine.usable:
+                lower = peak(reckon(changed, machine))
+                if lower > 0.99 * (best.peak if best else before):
                     break
-            if last is not None and last.peak < 0.99 * before:
-                found.append(last)
+                best = Knob(change, changed, lower)
+                if lower <= machine.usable:
+                    break
+            if best is not None:
+                found.append(best)
     return sorted(found, key=lambda knob: knob.peak)
+
+
+def way(recipe: Recipe, machine: Machine) -> list[Knob]:
+    """One change after the other until it fits, each on top of those before it, or until nothing helps."""
+    steps: list[Knob] = []
+    while (steps[-1].peak if steps else math.inf) > machine.usable:
+        turned = knobs(steps[-1].recipe if steps else recipe, machine)
+        if not turned:
+            break
+        steps.append(turned[0])
+    return steps
 
 
 def _launchers(recipe: Recipe) -> Iterator[Iterator[tuple[str, Recipe]]]:
