@@ -25,7 +25,7 @@ CONFIGS: dict[str, type] = {
     "dqo": DQORunConfig,
     "grpo-lambda": GRPOLambdaRunConfig,
 }
-COMMAND = re.compile(r"\bposttrain ([a-z-]+) --config \S+")
+COMMAND = re.compile(r"\bposttrain ([\w-]+) --config \S+")
 LAUNCHER = re.compile(r"--config_file (\S+)")
 
 
