@@ -88,12 +88,12 @@ def state(module: Trained, precision: Precision, launch: Launch) -> dict[str, in
 
 
 def zero_buffers(modules: Sequence[Trained], precision: Precision, launch: Launch) -> int:
-    """What DeepSpeed reduces gradients in, and gathers weights in."""
+    """What DeepSpeed reduces gradients in, whatever their number, and gathers weights in."""
     if launch.zero is None:
         return 0
-    reduced = min(sum(module.learning for module in modules), BUCKET)
-    gathered = min(sum(module.weights for module in modules), GATHERED) if launch.zero == 3 else 0
-    return weight_bytes(precision) * (reduced + gathered)
+    # Below stage 3 there are two, of which one fills while the other is sent (overlap_comm).
+    elements = BUCKET + min(sum(module.weights for module in modules), GATHERED) if launch.zero == 3 else 2 * BUCKET
+    return weight_bytes(precision) * elements
 
 
 def layer(module: Trained, batch: Batch, precision: Precision) -> int:

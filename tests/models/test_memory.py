@@ -23,6 +23,10 @@ from posttrain.trainers.value import ValueConfig, ValueTrainer
 
 NEAR = 0.15
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_key_value_heads": 2, "vocab_size": 3000}  # grouped heads
+SMOLLM2 = {  # as published, at its full size
+    **{"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152},
+    **{"num_attention_heads": 9, "num_key_value_heads": 3},
+}
 
 
 def peak(run):
@@ -67,10 +71,11 @@ def own_bytes(*models):
     return sum(weight.numel() * weight.element_size() for weight in weights.values())
 
 
-def reckoned(modules, batch, precision, head, accumulated=False):
-    states = [memory.state(module, precision, Launch()) for module in modules]
+def reckoned(modules, batch, precision, head, accumulated=False, launch=Launch()):  # noqa: B008
+    states = [memory.state(module, precision, launch) for module in modules]
     gradients = sum(state["gradients"] for state in states)
     rest = memory.backward(modules, batch, precision, head, gradients, accumulated)
+    rest += memory.zero_buffers(modules, precision, launch)
     return sum(sum(state.values()) for state in states) + rest
 
 
@@ -89,8 +94,9 @@ def reckoned(modules, batch, precision, head, accumulated=False):
         (WIDE, 8, 100, {"accumulation": 2}),
         (WIDE, 8, 100, {"gradient_checkpointing": True}),
         (WIDE, 8, 100, {"tie_word_embeddings": False}),
+        (SMOLLM2, 4, 128, {"lora_rank": 16, "value_lora_rank": 16}),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
 def test_training_policy_and_value_model(changes, rows, time, settings, tmp_path):
     settings, prompt = dict(settings), 40
