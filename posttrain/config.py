@@ -15,12 +15,24 @@ from posttrain.errors import UserError, nearest
 T = TypeVar("T")
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which no field stands twice: of two, yaml would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise UserError(f"{key.value}: stands twice, again in line {key.start_mark.line + 1}")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"config: no such file: {path}")
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.load(path.read_text(), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"config: {path} is not YAML: {' '.join(str(error).split())}") from None
     if values is None:
@@ -73,8 +85,10 @@ def _convert(hint: Any, value: Any, field: str) -> Any:
         return _convert(next(option for option in options if option is not type(None)), value, field)
     if origin is typing.Literal:
         if value not in typing.get_args(hint):
-            choices = ", ".join(map(str, typing.get_args(hint)))
-            raise UserError(f"{field}: must be one of {choices}, got {value!r}")
+            choices = list(map(str, typing.get_args(hint)))
+            raise UserError(
+                f"{field}: must be one of {', '.join(choices)}, got {value!r}{nearest(str(value), choices)}"
+            )
         return value
     if origin in (list, tuple):
         if not isinstance(value, (list, tuple)):

@@ -23,6 +23,8 @@ COMMANDS = {
     "serve": "serve a model over HTTP, with guidance and re-ranking, to OpenAI's clients",
     "rollout-service": "serve a policy to rollouts: vLLM's own server, which says what it serves and takes new weights",
     "grade": "is this answer right? and why",
+    "recipe": "what there is to run, and whether it fits on these GPUs",
+    "doctor": "is everything here that a run needs? and what mends it",
 }
 
 
@@ -43,7 +45,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 the user's mistake (one line on stderr, of several processes together), 130 interrupted."""
+    """Exit code: 0 done, 1 a check that finds a fault, 2 the user's mistake, 130 interrupted.
+
+    A mistake is one line on stderr, of several processes together.
+    """
     try:
         return _dispatch(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
@@ -86,8 +91,7 @@ def _dispatch(argv: list[str]) -> int:
         allow_abbrev=False,
     )
     module.add_arguments(parser)
-    module.run(parser.parse_args(argv[1:]))
-    return 0
+    return module.run(parser.parse_args(argv[1:])) or 0
 
 
 if __name__ == "__main__":

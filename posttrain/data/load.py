@@ -57,6 +57,7 @@ MATH_SUBJECTS = (
     "prealgebra",
     "precalculus",
 )
+FILES = (".jsonl", ".json", ".parquet")
 HUB = {
     "gsm8k": HubSource("openai/gsm8k", ("main",), _gsm8k),
     "math": HubSource("EleutherAI/hendrycks_math", MATH_SUBJECTS, _math),
@@ -89,11 +90,27 @@ def load_rows(data: str, split: str = "test", limit: int | None = None, seed: in
     return rows
 
 
+def check_data(data: str) -> None:
+    """Errors: UserError naming `data` for a name or a file that nothing is known of; nothing is read, and no hub asked."""
+    path, root = Path(data).expanduser(), os.environ.get("POSTTRAIN_DATA")
+    if path.suffix in FILES:
+        if not path.is_file():
+            raise UserError(f"data: no such file: {path}")
+        return
+    local = sorted(entry.name for entry in Path(root).iterdir()) if root and Path(root).is_dir() else []
+    known = ["arithmetic", *HUB, *local]
+    if data not in known and (data.count("/") != 1 or path.exists()):
+        raise UserError(
+            f"data: no data set or file named {data}{nearest(data, known)}; "
+            "give arithmetic, a .jsonl or .parquet file, a folder under POSTTRAIN_DATA, or a hub id"
+        )
+
+
 def _source(data: str, split: str) -> list[Row]:
-    path = Path(data).expanduser()
-    if path.suffix in (".jsonl", ".json", ".parquet"):
+    check_data(data)
+    path, root = Path(data).expanduser(), os.environ.get("POSTTRAIN_DATA")
+    if path.suffix in FILES:
         return _read_file(path)
-    root = os.environ.get("POSTTRAIN_DATA")
     if root:
         folder = Path(root) / data
         if (folder / f"{split}.jsonl").is_file():
@@ -101,24 +118,10 @@ def _source(data: str, split: str) -> list[Row]:
         if folder.is_dir() and data not in HUB:
             known = sorted(file.stem for file in folder.glob("*.jsonl"))
             raise UserError(f"split: {data} has no split {split!r}; it has {', '.join(known)}")
-    if data in HUB:
-        return _from_hub(HUB[data], split)
-    if data.count("/") == 1 and not path.exists():
-        return _from_hub(HubSource(data, (None,), _as_it_is), split)
-    known = [
-        "arithmetic",
-        *HUB,
-        *(sorted(entry.name for entry in Path(root).iterdir()) if root and Path(root).is_dir() else ()),
-    ]
-    raise UserError(
-        f"data: no data set or file named {data}{nearest(data, known)}; "
-        "give arithmetic, a .jsonl or .parquet file, a folder under POSTTRAIN_DATA, or a hub id"
-    )
+    return _from_hub(HUB.get(data) or HubSource(data, (None,), _as_it_is), split)
 
 
 def _read_file(path: Path) -> list[Row]:
-    if not path.is_file():
-        raise UserError(f"data: no such file: {path}")
     if path.suffix == ".parquet":
         import pyarrow.parquet
 

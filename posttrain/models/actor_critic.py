@@ -28,13 +28,14 @@ class ActorCritic(nn.Module):
         """The policy's: what transformers' Trainer and DeepSpeed read sizes from."""
         return self.policy.config
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **which: Any) -> None:
+        """which: the layers and places that newer transformers name."""
         kwargs = {
             "use_reentrant": False,
             **(gradient_checkpointing_kwargs or {}),
         }  # a frozen base's inputs need no gradient
         for model in (self.policy, self.critic.backbone):
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs, **which)
 
     def forward(
         self,

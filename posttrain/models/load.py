@@ -4,6 +4,8 @@ import hashlib
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,6 +86,17 @@ def load_tokenizer(name: str) -> Policy:
         raise UserError(f"model: {name} is not a causal language model: {_first_line(error)}") from None
     context = int(getattr(config, "max_position_embeddings", 0)) or int(tokenizer.model_max_length)
     return Policy(None, tokenizer, name, model_fingerprint(folder), context)
+
+
+@contextmanager
+def set_aside(policy: Policy) -> Iterator[None]:
+    """Within, the policy's weights lie in the machine's own memory, and what a GPU has is for others."""
+    device = policy.model.device
+    policy.model.to("cpu")
+    try:
+        yield
+    finally:
+        policy.model.to(device)
 
 
 def end_ids(model: Any, tokenizer: Any = None) -> frozenset[int]:

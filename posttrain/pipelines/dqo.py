@@ -26,7 +26,7 @@ from posttrain.evaluation.arms import Arm, sampled_arms
 from posttrain.evaluation.plots import length_histogram
 from posttrain.evaluation.report import Figure, write_report
 from posttrain.models.actor_critic import ActorCritic, new_critic
-from posttrain.models.load import Policy, load_model, load_tokenizer
+from posttrain.models.load import Policy, load_model, load_tokenizer, set_aside
 from posttrain.pipelines import baselines
 from posttrain.pipelines.baselines import Baseline
 from posttrain.pipelines.ranks import Ranks, release
@@ -168,13 +168,10 @@ def run(config: DQORunConfig, say: Callable[[str], None] = print) -> DQORun | No
     say(f"{config.train_split}: {config.train_samples} completions of each of {len(train_rows)} prompts")
     ranks.alone(lambda: rollout(policy, train_plan, train_rows, out / "train", resume=True, say=say))
     table = read_table(out / "train")
-    if ranks.first:
-        policy.model.to("cpu")  # a GPU's memory is for training
     with reserved(out / "policy") if ranks.first else nullcontext():
         made = train(policy, table, config.training, out / "policy", config.seed, say, ranks)
 
     def measured() -> DQORun:
-        policy.model.to(ranks.device)
         say(
             f"{config.test_split}: {config.test_samples} completions of each of {len(test_rows)} prompts, before and after"
         )
@@ -220,13 +217,27 @@ def train(
                 f"policy: {folder} was trained on other completions or with other settings; delete it, or give another out"
             )
         return made
+    ranks = ranks or Ranks(str(policy.model.device))
+    with set_aside(policy) if ranks.first else nullcontext():  # a GPU has room for training's two models, not for three
+        return _learn(policy, ranks, table, config, folder, seed, key, say)
+
+
+def _learn(
+    policy: Policy,
+    ranks: Ranks,
+    table: RolloutTable,
+    config: DQOTraining,
+    folder: Path,
+    seed: int,
+    key: str,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
     from transformers import PrinterCallback  # with the trainer below, seconds of import
 
     from posttrain.trainers.dqo import DQOConfig, DQOTrainer, labelled
     from posttrain.trainers.dqo_examples import examples_of
 
     started = time.perf_counter()
-    ranks = ranks or Ranks(str(policy.model.device))
     shared = None not in (config.lora_rank, config.value_lora_rank)
     start = load_model(policy.name, ranks.device, "float32")
     model = ActorCritic(start.model, new_critic(start.model, policy.fingerprint, shared))

@@ -29,7 +29,7 @@ from posttrain.evaluation.arms import Arm, policy_arm, sampled_arms
 from posttrain.evaluation.intervals import paired_comparison
 from posttrain.evaluation.plots import length_histogram, step_curves
 from posttrain.evaluation.report import Figure, write_report
-from posttrain.models.load import Policy, load_model
+from posttrain.models.load import Policy, load_model, set_aside
 from posttrain.pipelines.rollout import RolloutConfig, check_overlap, lengths_by_verdict, rollout
 from posttrain.pipelines.value_training import last_checkpoint
 from posttrain.provenance import hash_json, plain, versions, write_json
@@ -181,7 +181,7 @@ def run(config: GRPOLambdaRunConfig, say: Callable[[str], None] = print) -> GRPO
     check_overlap([*rows, *held_out], test_rows)
     policy = load_model(config.model, config.device, "float32")
     for name in config.arms:
-        _arguments(config, name, out, policy)  # refused now, not after a minute of sampling
+        arguments(config, name, out, policy.model.device.type == "cpu")  # refused now, not after a minute of sampling
     say(f"{config.test_split}: {config.test_samples} completions of each of {len(test_rows)} prompts")
     tables = {"base": rollout(policy, plan, test_rows, out / "test", resume=True, say=say)}
     lengths = [[len(ids) for ids in row] for row in tables["base"].rectangle("completion_ids")]
@@ -222,6 +222,21 @@ def train(
                 f"out: {folder} was trained on other problems or with other settings; delete it, or give another out"
             )
         return made
+    device = policy.model.device
+    with set_aside(policy):  # a GPU has room for what training needs, not for another policy
+        return _learn(policy, device, config, arm, rows, held_out, key)
+
+
+def _learn(
+    policy: Policy,
+    device: Any,
+    config: GRPOLambdaRunConfig,
+    arm: str,
+    rows: Sequence[Row],
+    held_out: Sequence[Row],
+    key: str,
+) -> dict[str, Any]:
+    folder, cpu = Path(config.out) / arm, device.type == "cpu"
     from datasets import Dataset  # with the trainer below, seconds of import
     from transformers import PrinterCallback
 
@@ -234,18 +249,18 @@ def train(
         for part in (rows, held_out)
     )
     scratch = folder.with_name(f"{folder.name}-checkpoints-{key[:12]}")
-    start = load_model(policy.name, str(policy.model.device), "float32")
+    start = load_model(policy.name, str(device), "float32")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "You are using 'rollout_func'")
         trainer = GRPOLambdaTrainer(
             start.model,
             correctness,
-            _arguments(config, arm, scratch, policy),
+            arguments(config, arm, scratch, cpu),
             train_set,
             eval_set if held_out else None,
             processing_class=start.tokenizer,
             peft_config=_adapter(config.training),
-            rollout_func=_rollouts(config, policy),
+            rollout_func=_rollouts(config, cpu),
         )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
@@ -257,7 +272,7 @@ def train(
     made = {
         "key": key,
         "policy": policy.fingerprint,
-        "settings": settings,
+        "settings": plain(_settings(config, arm)),
         "seed": config.seed,
         "log": trainer.state.log_history,
         "seconds": time.perf_counter() - started,
@@ -317,7 +332,7 @@ def _settings(config: GRPOLambdaRunConfig, arm: str) -> GRPOLambdaTraining:
     return replace(config.training, **ARMS[arm][1])
 
 
-def _arguments(config: GRPOLambdaRunConfig, arm: str, folder: Path, policy: Policy) -> Any:
+def arguments(config: GRPOLambdaRunConfig, arm: str, folder: Path, cpu: bool) -> Any:
     """The trainer's configuration. Errors: UserError naming the field."""
     from posttrain.trainers.grpo_lambda import GRPOLambdaConfig
 
@@ -331,7 +346,7 @@ def _arguments(config: GRPOLambdaRunConfig, arm: str, folder: Path, policy: Poli
         "output_dir": str(folder),
         "gradient_accumulation_steps": settings.prompts_per_step * settings.samples // settings.batch_size,
         "seed": config.seed,
-        "use_cpu": policy.model.device.type == "cpu",
+        "use_cpu": cpu,
     }
     if config.validation_prompts:
         samples = config.validation_samples
@@ -353,9 +368,9 @@ def _arguments(config: GRPOLambdaRunConfig, arm: str, folder: Path, policy: Poli
         raise UserError(f"training: {' '.join(str(error).split())}") from None
 
 
-def _rollouts(config: GRPOLambdaRunConfig, policy: Policy) -> Any:
+def _rollouts(config: GRPOLambdaRunConfig, cpu: bool) -> Any:
     """Our engine on CPU; elsewhere, and with vLLM, TRL's own ways."""
-    if policy.model.device.type != "cpu" or config.training.trl.get("use_vllm"):
+    if not cpu or config.training.trl.get("use_vllm"):
         return None
     from posttrain.trainers.engine_rollouts import engine_rollouts
 

@@ -87,7 +87,9 @@ def test_with_a_key_it_shows_base_guided_and_best_of_k_side_by_side(http, server
     fork = next(n for n, (one, other) in enumerate(zip(guided["tokens"], base["tokens"], strict=False)) if one != other)
     assert guided["forks"] == [fork] and base["forks"] == []
     shifts = [token["logprob"] - token["reference"] for token in tokens]
-    assert [float(shift) for shift in guided["shifts"]] == pytest.approx(shifts, abs=1e-4)  # in another batch, other roundings
+    assert [float(shift) for shift in guided["shifts"]] == pytest.approx(
+        shifts, abs=1e-4
+    )  # in another batch, other roundings
     for shift, colour in zip(shifts, guided["colours"], strict=True):
         if abs(shift) > 0.1:
             assert colour.startswith("rgba(47, 126, 216" if shift > 0 else "rgba(214, 120, 32"), (shift, colour)

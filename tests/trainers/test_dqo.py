@@ -103,6 +103,19 @@ def test_the_first_step_is_the_objective_s(tmp_path, normalisation, lam):
             torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-3)
 
 
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    """Whole trainings, as transformers' Trainer switches it on."""
+    ends = []
+    for on in (False, True):
+        model = actor_critic()
+        data = labelled(model, examples(), "reference", tmp_path)
+        DQOTrainer(model, arguments(tmp_path / "run", gradient_checkpointing=on), data).train()
+        assert model.policy.is_gradient_checkpointing == model.critic.backbone.is_gradient_checkpointing == on
+        ends.append(model.state_dict())
+    for name, weight in ends[0].items():
+        torch.testing.assert_close(ends[1][name], weight, msg=lambda text, n=name: f"{n}: {text}")
+
+
 @pytest.mark.parametrize(("family", "lam"), [("llama", 1.0), ("qwen2", 0.9), ("gemma3", 0.9)])
 def test_packed_rows_learn_what_padded_ones_do(tmp_path, family, lam):
     """Whole trainings, with accumulation; gemma3 has layers that see a window only."""

@@ -1,0 +1,168 @@
+"""Recipes: a configuration whose header says which command takes it and how that is launched."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain.config import build, read_yaml
+from posttrain.data.load import check_data
+from posttrain.errors import UserError, nearest
+from posttrain.models.architecture import Architecture, architecture
+from posttrain.models.memory import Launch
+from posttrain.pipelines.dqo import DQORunConfig
+from posttrain.pipelines.grpo_lambda import GRPOLambdaRunConfig, arguments
+from posttrain.pipelines.qprobe import QProbeConfig
+from posttrain.pipelines.qsharp import QSharpConfig
+from posttrain.pipelines.rollout import RolloutConfig
+from posttrain.rollouts.engine import Sampling
+
+FOLDER = Path(__file__).parent / "recipes"  # the repository's, a part of the package
+CONFIGS: dict[str, type] = {
+    "qprobe": QProbeConfig,
+    "qsharp": QSharpConfig,
+    "dqo": DQORunConfig,
+    "grpo-lambda": GRPOLambdaRunConfig,
+}
+COMMAND = re.compile(r"\bposttrain ([\w-]+) --config \S+")
+LAUNCHER = re.compile(r"--config_file (\S+)")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """name: of the file below `recipes`, or its path; about: its header's first line; line: what launches it; launcher:
+    accelerate's configuration, None for a single process."""
+
+    name: str
+    path: Path
+    about: str
+    line: str
+    command: str
+    config: Any
+    launcher: Path | None
+
+
+def names() -> list[str]:
+    """Of all recipes that the package has."""
+    found = (path.relative_to(FOLDER).with_suffix("") for path in FOLDER.glob("*/*.yaml"))
+    return sorted(str(path) for path in found if path.parent.name != "accelerate")
+
+
+def find(name: str) -> Path:
+    """The file of a recipe's name, or a file of one's own. Errors: UserError naming `name`."""
+    if Path(name).is_file():
+        return Path(name)
+    path = FOLDER / f"{name.removeprefix('recipes/').removesuffix('.yaml')}.yaml"
+    if not path.is_file() or path.parent.name == "accelerate":
+        raise UserError(f"name: no recipe or file {name}{nearest(name, names())}; see posttrain recipe list")
+    return path
+
+
+def read(name: str) -> Recipe:
+    """Errors: UserError for a header without a launch line, a launcher that is not there, and as `build` says."""
+    path = find(name)
+    values = read_yaml(path)
+    header = [line.lstrip("# ").rstrip() for line in path.read_text().splitlines() if line.startswith("#")]
+    line = next((line for line in header if COMMAND.search(line)), None)
+    if line is None:
+        raise UserError(
+            f'header: {path} must say which command takes it, in a line "# posttrain COMMAND --config FILE"'
+        )
+    command = COMMAND.search(line)[1]  # type: ignore[index]
+    if command not in CONFIGS:
+        raise UserError(f"header: no command {command!r} takes recipes{nearest(command, CONFIGS)}; in {path}")
+    launcher = LAUNCHER.search(line)
+    if line.startswith("accelerate") and launcher is None:
+        raise UserError(f"header: accelerate's line names no --config_file, in {path}")
+    return Recipe(
+        name=str(path.relative_to(FOLDER).with_suffix("")) if path.is_relative_to(FOLDER) else str(path),
+        path=path,
+        about=header[0],
+        line=line,
+        command=command,
+        config=build(CONFIGS[command], values),
+        launcher=_beside(launcher[1], "header") if launcher else None,
+    )
+
+
+def launch_of(recipe: Recipe) -> Launch:
+    """How its launch line runs it. Errors: UserError naming the launcher's field."""
+    if recipe.launcher is None:
+        return Launch()
+    values = read_yaml(recipe.launcher)
+    ranks = values.get("num_processes", 1)
+    if values.get("distributed_type") != "DEEPSPEED":
+        return Launch(ranks)
+    settings = values.get("deepspeed_config", {}).get("deepspeed_config_file")
+    if settings is None:
+        raise UserError(f"deepspeed_config_file: missing in {recipe.launcher}")
+    zero = json.loads(_beside(settings, "deepspeed_config_file").read_text())["zero_optimization"]
+    return Launch(ranks, zero["stage"], zero.get("offload_optimizer", {}).get("device", "none") != "none")
+
+
+def line_for(recipe: Recipe, ranks: int) -> str:
+    """Its launch line, for so many processes in all."""
+    if recipe.launcher is None or launch_of(recipe).ranks == ranks:
+        return recipe.line
+    return recipe.line.replace(" -m posttrain", f" --num_processes {ranks} -m posttrain", 1)
+
+
+def _beside(name: str, field: str) -> Path:
+    """A file that a recipe or a launcher names: from here, else of the package."""
+    for path in (Path(name), FOLDER / name.removeprefix("recipes/")):
+        if path.is_file():
+            return path
+    raise UserError(f"{field}: no such file: {name}")
+
+
+def validate(recipe: Recipe) -> None:
+    """What the command itself would refuse, as far as it can be known without data and weights.
+
+    Errors: UserError naming the field.
+    """
+    config, launch = recipe.config, launch_of(recipe)
+    for data in {config.data, getattr(config, "test_data", None) or config.data}:
+        check_data(data)
+    sampling = Sampling(
+        config.temperature, getattr(config, "top_p", 1.0), max_tokens=config.max_tokens, seed=config.seed
+    )
+    for name in ("train_samples", "test_samples", "k", "rollin_samples", "guided_samples", "validation_samples"):
+        samples = getattr(config, name, 1)
+        RolloutConfig(
+            config.data, prompt=config.prompt, samples=samples, sampling=sampling, slots=config.slots,
+            shard_prompts=config.shard_prompts,
+        )  # fmt: skip
+    model = architecture(config.model)
+    _check_lengths("max_tokens", config.max_tokens, model)
+    if recipe.command == "qprobe":
+        _check_layers("layers", max(config.layers, default=0), model)
+    if recipe.command == "qsharp":
+        _check_layers("value.layers", config.value.layers or 0, value_base(config))
+    if recipe.command == "dqo":
+        _check_layers("training.value_layers", config.training.value_layers or 0, model)
+    if recipe.command == "grpo-lambda":
+        _check_lengths("training.max_tokens", config.training.max_tokens, model)
+        for arm in config.arms:
+            arguments(config, arm, Path(config.out), cpu=True)
+    for name in ("lora_rank", "value_lora_rank"):
+        if launch.zero == 3 and getattr(getattr(config, "training", None), name, None):
+            raise UserError(f"training.{name}: adapters cannot be merged under ZeRO-3; launch it with zero2.yaml")
+
+
+def value_base(config: QSharpConfig) -> Architecture:
+    """What the value model's backbone is made of. Errors: UserError naming `value.base`."""
+    try:
+        return architecture(config.value.base or config.model)
+    except UserError as error:
+        raise UserError(f"value.base: {str(error).removeprefix('model: ')}") from None
+
+
+def _check_lengths(field: str, tokens: int, model: Architecture) -> None:
+    if tokens >= model.context:
+        raise UserError(f"{field}: {model.name} reads {model.context} tokens, prompt included, got {tokens}")
+
+
+def _check_layers(field: str, layers: int, model: Architecture) -> None:
+    if layers > model.layers:
+        raise UserError(f"{field}: {model.name} has {model.layers} layers, got {layers}")
