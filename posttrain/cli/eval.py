@@ -12,6 +12,7 @@ Interrupted, the same command with --resume continues where it stopped; the repo
 
 import argparse
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="problems per shard, the unit that --resume redoes; default: 256 completions' worth",
     )
     group.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
-    group.add_argument("--engine", choices=("transformers", "vllm"), help="what samples; default: transformers")
+    group.add_argument(
+        "--engine", choices=("transformers", "vllm", "service"), help="what samples; default: transformers"
+    )
+    group.add_argument(
+        "--url", nargs="+", help="of --engine service: where posttrain rollout-service runs, once or often"
+    )
+    group.add_argument(
+        "--base-url", help="of any OpenAI-compatible endpoint, as in http://127.0.0.1:8000/v1, for --model NAME"
+    )
+    group.add_argument("--api-key-env", metavar="NAME", help="the environment variable with the endpoint's key")
     group.add_argument("--guide", metavar="DIR", help="a value model of posttrain qsharp, which tilts every token")
     group.add_argument(
         "--beta",
@@ -98,11 +108,14 @@ def _measure(words: list[str], given: dict[str, Any]) -> None:
     from posttrain.cli.tables import print_table
     from posttrain.decoding.guidance import Guidance
     from posttrain.decoding.guide import load_guide
+    from posttrain.decoding.vllm import load_vllm_guide
     from posttrain.evaluation.benchmarks import load_all
     from posttrain.evaluation.harness import Model, evaluate
     from posttrain.evaluation.sweep import COLUMNS, Law, rows, sweep
     from posttrain.models.load import load_model, load_tokenizer, model_folder
+    from posttrain.rollouts.chat import ChatEngine, Transcript
     from posttrain.rollouts.collect import check_folder
+    from posttrain.rollouts.service import ServiceEngine, check_for_service
     from posttrain.rollouts.transformers import TransformersEngine
     from posttrain.rollouts.vllm import VLLMEngine, check_for_vllm
 
@@ -121,14 +134,41 @@ def _measure(words: list[str], given: dict[str, Any]) -> None:
     if len(betas) > 1 and "until" in given:
         raise UserError("until: a sweep over several betas runs whole; leave it out")
     if given.get("engine") == "vllm":
-        check_for_vllm(**{name: given.get(name) for name in ("guide", "device", "threads", "dtype")})
+        check_for_vllm(**{name: given.get(name) for name in ("device", "threads", "dtype")})
+        if len(betas) > 1:
+            raise UserError("--beta: one with --engine vllm; a sweep over several is the transformers engine's")
+    key = _endpoint_key(given)
+    fixed = {name: given.get(name) for name in ("guide", "device", "threads", "dtype")}
+    check_for_service(given.get("url"), given.get("engine") == "service", **fixed)
     check_folder(given["out"], given.get("resume", False))
     out, options = given["out"], {name: given[name] for name in ("seed", "resume", "shard_prompts") if name in given}
     until, slots = given.get("until", "report"), given.get("slots", 64)
     if given.get("engine") == "vllm":
         policy = load_tokenizer(given["model"])
-        with VLLMEngine(model_folder(given["model"]), slots=slots, dtype=given.get("dtype", "auto")) as served:
-            measured = Model(policy.name, served, policy.tokenizer, served.settings)
+        any_reference, dtype = given.get("any_reference", False), given.get("dtype", "auto")
+        served = load_vllm_guide(given["guide"], policy, any_reference=any_reference) if betas else None
+        with VLLMEngine(model_folder(given["model"]), slots=slots, dtype=dtype, guide=served) as running:
+            guided = (betas[0], served.name) if served else (None, None)
+            measured = Model(policy.name, running, policy.tokenizer, running.settings, *guided)
+            evaluate(tasks, measured, out, until=until, **options)
+        if until == "report":
+            _show(out)
+        return
+    if "base_url" in given:
+        for task in tasks:
+            if not task.benchmark.chat:
+                raise UserError(
+                    f"base-url: {task.benchmark.name} has a plain text prompt, which a chat endpoint is not asked"
+                )
+        chat = ChatEngine(given["base_url"], given["model"], key=key, slots=slots)
+        evaluate(tasks, Model(given["model"], chat, Transcript(), chat.settings), out, until=until, **options)
+        if until == "report":
+            _show(out)
+        return
+    if given.get("engine") == "service":
+        policy = load_tokenizer(given["model"])
+        with ServiceEngine(given["url"], fingerprint=policy.fingerprint, slots=slots, key=key) as service:
+            measured = Model(policy.name, service, policy.tokenizer, service.settings)
             evaluate(tasks, measured, out, until=until, **options)
         if until == "report":
             _show(out)
@@ -150,6 +190,21 @@ def _measure(words: list[str], given: dict[str, Any]) -> None:
     evaluate(tasks, model("qsharp", betas[0]) if betas else model(None, None), out, until=until, **options)
     if until == "report":
         _show(out)
+
+
+def _endpoint_key(given: dict[str, Any]) -> str | None:
+    """What a server over HTTP is sent."""
+    if "base_url" not in given:
+        if "api_key_env" in given:
+            raise UserError("--api-key-env: it is the endpoint's; name one with --base-url URL")
+        return os.environ.get("POSTTRAIN_API_KEY")
+    for name in ("engine", "url", "guide", "device", "threads", "dtype"):
+        if name in given:
+            raise UserError(f"--{name}: not with --base-url; the endpoint decides that")
+    variable = given.get("api_key_env")
+    if variable is not None and not os.environ.get(variable):
+        raise UserError(f"--api-key-env: the environment has no {variable}")
+    return os.environ[variable] if variable else None
 
 
 def _betas(given: dict[str, Any]) -> list[float]:
@@ -230,7 +285,15 @@ def _show(out: Path) -> None:
     import json
 
     from posttrain.cli.tables import print_table
-    from posttrain.evaluation.harness_report import COMPARED, OVERVIEW, compared, macro_line, overview
+    from posttrain.evaluation.harness_report import (
+        BUDGETS,
+        COMPARED,
+        OVERVIEW,
+        budget_rows,
+        compared,
+        macro_line,
+        overview,
+    )
 
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     print_table(OVERVIEW, overview(report))
@@ -238,6 +301,8 @@ def _show(out: Path) -> None:
         print(macro_line(report))
     if "comparison" in report:
         print_table(COMPARED, compared(report["comparison"]))
+        print("accuracy within b tokens:")
+        print_table(BUDGETS, budget_rows(report["comparison"]))
     for name, summary in report["benchmarks"].items():
         for warning in summary["warnings"]:
             print(f"{name}: {warning}")
@@ -245,8 +310,8 @@ def _show(out: Path) -> None:
 
 
 MEASURING = frozenset(
-    "n k temperature top_p top_k max_tokens limit any_data seed resume until dtype device slots shard_prompts threads engine "
-    "guide beta any_reference".split()
+    "n k temperature top_p top_k max_tokens limit any_data seed resume until dtype device slots shard_prompts threads engine url "
+    "base_url api_key_env guide beta any_reference".split()
 )
 NOTHING: frozenset[str] = frozenset()
 VERBS = {  # verb -> function, options that it may have, options that it must have

@@ -20,6 +20,7 @@ COMMANDS = {
     "demo": "the whole path on the embedded model: sample, grade, learn, re-rank, measure, report",
     "eval": "measure a model on math benchmarks, with intervals; re-grade, report, compare",
     "serve": "serve a model over HTTP, with guidance and re-ranking, to OpenAI's clients",
+    "rollout-service": "serve a policy to rollouts: vLLM's own server, which says what it serves and takes new weights",
     "grade": "is this answer right? and why",
 }
 

@@ -6,6 +6,7 @@ Interrupted, the same command with --resume continues where it stopped; the tabl
 """
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="prompts per shard, the unit that --resume redoes; default: 256 completions' worth",
     )
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
-    parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers", help="what samples")
+    parser.add_argument(
+        "--engine", choices=("transformers", "vllm", "service"), default="transformers", help="what samples"
+    )
+    parser.add_argument(
+        "--url", nargs="+", help="of --engine service: where posttrain rollout-service runs, once or often"
+    )
     parser.add_argument("--guide", metavar="DIR", help="a value model of posttrain qsharp, which tilts every token")
     parser.add_argument("--beta", type=float, help="KL coefficient of the guide, in units of the reward; default 0.1")
     parser.add_argument("--candidates", type=int, help="most likely tokens that the guide values; default 20")
@@ -54,11 +60,13 @@ def run(args: argparse.Namespace) -> None:
 
     from posttrain.decoding.guidance import Guidance
     from posttrain.decoding.guide import load_guide
+    from posttrain.decoding.vllm import load_vllm_guide
     from posttrain.errors import UserError
     from posttrain.models.load import load_model, load_tokenizer, model_folder
     from posttrain.pipelines.rollout import RolloutConfig, rollout
     from posttrain.rollouts.collect import check_folder
     from posttrain.rollouts.engine import Sampling
+    from posttrain.rollouts.service import ServiceEngine, check_for_service
     from posttrain.rollouts.vllm import VLLMEngine, check_for_vllm
 
     if args.threads is not None:
@@ -75,13 +83,22 @@ def run(args: argparse.Namespace) -> None:
     )
     guidance = Guidance() if args.candidates is None else Guidance(candidates=args.candidates)
     if args.engine == "vllm":
-        check_for_vllm(guide=args.guide, device=args.device, threads=args.threads, dtype=args.dtype)
+        check_for_vllm(device=args.device, threads=args.threads, dtype=args.dtype)
+    fixed = {name: getattr(args, name) for name in ("guide", "device", "threads", "dtype")}
+    check_for_service(args.url, args.engine == "service", **fixed)
     check_folder(args.out, args.resume)
     rows = config.rows()
     if args.engine == "vllm":
         policy = load_tokenizer(args.model)
-        with VLLMEngine(model_folder(args.model), slots=args.slots, dtype=args.dtype or "auto") as engine:
-            _show(rollout(policy, config, rows, args.out, args.resume, engine=engine))
+        served = load_vllm_guide(args.guide, policy, guidance, args.any_reference) if args.guide else None
+        folder = model_folder(args.model)
+        with VLLMEngine(folder, slots=args.slots, dtype=args.dtype or "auto", guide=served) as engine:
+            _show(rollout(policy, config, rows, args.out, args.resume, guide=served, engine=engine))
+        return
+    if args.engine == "service":
+        policy, key = load_tokenizer(args.model), os.environ.get("POSTTRAIN_API_KEY")
+        with ServiceEngine(args.url, fingerprint=policy.fingerprint, slots=args.slots, key=key) as service:
+            _show(rollout(policy, config, rows, args.out, args.resume, engine=service))
         return
     policy = load_model(args.model, args.device, args.dtype)  # takes time: after all that can be refused without it
     guide = load_guide(args.guide, policy, guidance, args.any_reference) if args.guide else None

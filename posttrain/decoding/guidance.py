@@ -8,13 +8,14 @@ within [0, 1 / beta]: the tokens that are left out would have at most the relati
 under the full tilt, and about delta where they are as good as the others.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from posttrain.errors import UserError
+from posttrain.models.value import ValueModel
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ class Guidance:
             if getattr(self, name) not in choices:
                 raise UserError(f"{name}: must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
 
+    def settings(self, fingerprint: str, head: str) -> dict[str, Any]:
+        """What decides how a value model of this fingerprint guides: for manifests, and to name rows by."""
+        return {"value_model": fingerprint, "head": head, **asdict(self)}
+
 
 @dataclass(frozen=True)
 class Candidates:
@@ -72,6 +77,35 @@ class Candidates:
         valid = ~reached & (top.values > -torch.inf)
         valid[:, 0] = True
         return cls(top.indices, logprobs, valid, total)
+
+    def at_most(self, counts: Tensor) -> "Candidates":
+        """Only the first counts[r] >= 1 of row r count. counts: int64 [rows]."""
+        rank = torch.arange(self.valid.shape[1], device=self.valid.device)
+        return replace(self, valid=self.valid & (rank < counts.unsqueeze(-1)))
+
+    @property
+    def contested(self) -> Tensor:
+        """Rows [rows] that have more than one candidate; the others are never tilted, and need no values."""
+        return self.valid.sum(-1) > 1
+
+
+def log_tilts(
+    value: ValueModel,
+    logits: Tensor,
+    beta: Tensor,
+    valid: Tensor,
+    temperature: Tensor | None,
+    guidance: Guidance,
+) -> Tensor:
+    """A step's log-tilts [rows, k], float64, of value logits [rows, k(, atoms)]; beta and temperature [rows, 1], None: 1."""
+    # In float64: at a small beta what tells candidates apart is the last digits of tilts near 1 / beta.
+    tilt = value.log_tilt(logits.double(), beta.double(), guidance.law)
+    if guidance.order == "exact":
+        return tilt
+    # What the released code adds: tilts before the temperature; of histograms, relative to the worst candidate.
+    if value.config.atoms and guidance.law == "qsharp":
+        tilt = tilt - tilt.masked_fill(~valid, torch.inf).amin(-1, keepdim=True)
+    return tilt if temperature is None else tilt / temperature
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,14 @@ candidates was drawn) wait, and are read beside the candidates of the row's next
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from posttrain.decoding.guidance import Candidates, Guidance, Tilted, guided_scores
+from posttrain.decoding.guidance import Candidates, Guidance, Tilted, guided_scores, log_tilts
 from posttrain.errors import UserError
 from posttrain.models.cache import DecodeMasks, SlotCache, Tree, read_length, tree_attention
 from posttrain.models.load import Policy
@@ -39,7 +39,7 @@ class ValueGuide:
         self.value = value
         self.guidance = guidance or Guidance()
         self.fingerprint = fingerprint
-        self.settings = {"value_model": fingerprint, "head": value.config.head, **asdict(self.guidance)}
+        self.settings = self.guidance.settings(fingerprint, value.config.head)
         self.reads_policy = value.config.head == "shared"
         text = policy.config.get_text_config()
         if value.config.vocab_size != text.vocab_size:
@@ -154,10 +154,9 @@ class GuideSession:
         candidates = Candidates.of(scores, guidance)
         fewer = [row.candidates if row and row.candidates else guidance.candidates for row in self.rows]
         if min(fewer) < guidance.candidates:
-            rank = torch.arange(candidates.valid.shape[1], device=scores.device)
-            candidates.valid.logical_and_(rank < torch.tensor(fewer, device=scores.device).unsqueeze(-1))
-        counts = candidates.valid.sum(-1).tolist()
-        scored = [row is not None and count > 1 for row, count in zip(self.rows, counts, strict=True)]
+            candidates = candidates.at_most(torch.tensor(fewer, device=scores.device))
+        contested = candidates.contested.tolist()
+        scored = [row is not None and several for row, several in zip(self.rows, contested, strict=True)]
         read = [
             row is not None and (is_scored or len(row.waiting) >= MOST_WAITING)
             for row, is_scored in zip(self.rows, scored, strict=True)
@@ -167,13 +166,11 @@ class GuideSession:
         if any(scored) or (any(read) and not self.guide.reads_policy):
             betas = [row.beta if row else torch.inf for row in self.rows]
             which = torch.tensor(scored, device=scores.device).nonzero().squeeze(1)
-            # In float64: at a small beta what tells candidates apart is the last digits of tilts near 1 / beta.
             beta = torch.tensor(betas, dtype=torch.float64, device=scores.device)[which].unsqueeze(-1)
             logits = self._value_logits(which, states)
             if len(which):
-                log_tilt[which] = self.value.log_tilt(logits.double(), beta, guidance.law)
-        if guidance.order == "released_code":
-            log_tilt = self._released(log_tilt, candidates.valid, temperature)
+                heat = None if temperature is None else temperature[which]
+                log_tilt[which] = log_tilts(self.value, logits, beta, candidates.valid[which], heat, guidance)
         tilted = Tilted.of(candidates, log_tilt, guidance.outside)
         if None not in self.rows:
             if guidance.outside == "mask":  # nothing else can be sampled: a draw among k tokens, not among them all
@@ -280,9 +277,3 @@ class GuideSession:
     def _projected(self, ids: Tensor) -> Tensor:
         assert self.guide.projected is not None
         return self.guide.projected[ids]
-
-    def _released(self, log_tilt: Tensor, valid: Tensor, temperature: Tensor | None) -> Tensor:
-        """What the released code adds: tilts before the temperature; of histograms, relative to the worst candidate."""
-        if self.value.config.atoms and self.guide.guidance.law == "qsharp":
-            log_tilt = log_tilt - log_tilt.masked_fill(~valid, torch.inf).amin(-1, keepdim=True)
-        return log_tilt if temperature is None else log_tilt / temperature

@@ -7,16 +7,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from posttrain.errors import UserError
-from posttrain.evaluation.intervals import paired_comparison
+from posttrain.evaluation.intervals import bootstrap_intervals, paired_comparison, paired_ratio
 from posttrain.evaluation.metrics import majority_at_k
-from posttrain.evaluation.results import Result, finite
+from posttrain.evaluation.results import Result, finite, flat, intervals
 
 Array = NDArray[np.float64]
 Evaluation = tuple[dict[str, Any], Sequence[Result]]  # run.json and its benchmarks
 
 TOKEN_DEFINITIONS = {
-    "token ratio": "mean completion tokens of the run / of the baseline, over the shared problems",
+    "token ratio": "mean completion tokens of the run / of the baseline, over the shared problems; its 95 % interval is a "
+    "bootstrap that draws a problem for both sides at once",
+    "accuracy within b tokens": "share of completions that are right and have at most b tokens: one that is cut off at b "
+    "counts as wrong, whatever it says before. Averaged over the samples of a problem, then over the shared problems; the "
+    "budgets b are the deciles of all completion lengths of both evaluations, the last one the longest, where it is pass@1",
 }
+DECILES = np.arange(1, 11) / 10
 
 
 def compare(run: Evaluation, baseline: Evaluation) -> dict[str, Any]:
@@ -57,9 +62,46 @@ def _compare(ours: Result, theirs: Result) -> dict[str, Any]:
         "metrics": {name: _paired(a[rows], b[columns]) for name, (a, b) in metrics.items()},
         "tokens": {
             **_paired(tokens[0][rows], tokens[1][columns]),
-            "ratio": float(tokens[0][rows].mean() / tokens[1][columns].mean()),
+            **_ratio(tokens[0][rows], tokens[1][columns]),
         },
+        "budgets": _budgets(ours, rows, theirs, columns),
     }
+
+
+def _ratio(run: Array, baseline: Array) -> dict[str, float | None]:
+    ratio, low, high = paired_ratio(run, baseline)
+    return {"ratio": ratio, "ratio_low": low, "ratio_high": finite(high)}
+
+
+def _budgets(
+    ours: Result, rows: Sequence[int], theirs: Result, columns: Sequence[int]
+) -> list[dict[str, float | None]]:
+    """Accuracy within b tokens of both, for every b; the problems `rows` of ours are `columns` of theirs."""
+    lengths = flat([ours.tokens[i] for i in rows]) + flat([theirs.tokens[i] for i in columns])
+    budgets = np.unique(np.quantile(lengths, DECILES, method="inverted_cdf"))
+    run, baseline = (
+        np.column_stack([within(result, budget)[shared] for budget in budgets])
+        for result, shared in ((ours, rows), (theirs, columns))
+    )
+    parts = {"run": (run, intervals(run)), "baseline": (baseline, intervals(baseline))}
+    parts["difference"] = (run - baseline, bootstrap_intervals(run - baseline))
+    return [
+        {"tokens": int(budget)}
+        | {name: float(scores[:, i].mean()) for name, (scores, _) in parts.items()}
+        | {f"{name}_low": finite(float(low[i])) for name, (_, (low, _)) in parts.items()}
+        | {f"{name}_high": finite(float(high[i])) for name, (_, (_, high)) in parts.items()}
+        for i, budget in enumerate(budgets)
+    ]
+
+
+def within(result: Result, budget: int) -> Array:
+    """Share of every problem's completions that are right and have at most `budget` tokens, [prompts]."""
+    return np.array(
+        [
+            np.mean([right and length <= budget for right, length in zip(*group, strict=True)])
+            for group in zip(result.correct, result.tokens, strict=True)
+        ]
+    )
 
 
 def _paired(run: Array, baseline: Array) -> dict[str, float | None]:

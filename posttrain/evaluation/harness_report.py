@@ -7,7 +7,7 @@ from typing import Any
 
 from posttrain.evaluation.compare import TOKEN_DEFINITIONS, compare
 from posttrain.evaluation.metrics import DEFINITIONS, macro_mean
-from posttrain.evaluation.plots import length_histogram, metric_curves
+from posttrain.evaluation.plots import budget_curves, length_histogram, metric_curves
 from posttrain.evaluation.report import Figure, trusted, write_page
 from posttrain.evaluation.results import SCORER, Result, load_results, summarise
 from posttrain.provenance import write_json, write_text
@@ -108,6 +108,8 @@ def markdown(report: dict[str, Any]) -> str:
     if "comparison" in report:
         lines += ["", f"## Against {report['comparison']['baseline']}", ""]
         lines += _table(COMPARED, compared(report["comparison"]))
+        lines += ["", "Accuracy within b tokens:", ""]
+        lines += _table(BUDGETS, budget_rows(report["comparison"]))
         lines += ["", "Settings that differ:", ""]
         lines += [
             f"- {name}: {_short(here)} / {_short(there)}"
@@ -138,7 +140,9 @@ COMPARED = (
     "p-value",
     "detectable",
     "token ratio",
+    "its interval",
 )
+BUDGETS = ("benchmark", "b", "run", "baseline", "difference", "95 % interval")
 
 
 def overview(report: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -178,13 +182,43 @@ def compared(comparison: dict[str, Any]) -> list[tuple[str, ...]]:
             percent(found["run"]),
             percent(found["baseline"]),
             f"{100 * found['difference']:+.1f}",
-            f"{100 * found['low']:+.1f} to {100 * found['high']:+.1f}" if found["low"] is not None else "-",
+            signed_interval(found["low"], found["high"]),
             f"{found['p_value']:.2g}",
             f"{100 * found['detectable']:.1f}" if found["detectable"] is not None else "-",
             f"{entry['tokens']['ratio']:.3f}",
+            f"{entry['tokens']['ratio_low']:.3f} to {entry['tokens']['ratio_high']:.3f}"
+            if entry["tokens"]["ratio_high"] is not None
+            else "-",
         )
         for name, entry in comparison["benchmarks"].items()
         for metric, found in entry["metrics"].items()
+    ]
+
+
+def budget_rows(comparison: dict[str, Any]) -> list[tuple[str, ...]]:
+    """One row per benchmark and token budget."""
+    return [
+        (
+            name,
+            str(point["tokens"]),
+            percent(point["run"]),
+            percent(point["baseline"]),
+            f"{100 * point['difference']:+.1f}",
+            signed_interval(point["difference_low"], point["difference_high"]),
+        )
+        for name, entry in comparison["benchmarks"].items()
+        for point in entry["budgets"]
+    ]
+
+
+def budget_figures(report: dict[str, Any]) -> list[Figure]:
+    comparison = report["comparison"]
+    titles = {"run": report["model"], "baseline": comparison["baseline"]}
+    if titles["run"] == titles["baseline"]:
+        titles = {name: f"{title}, the {name}" for name, title in titles.items()}
+    return [
+        Figure(budget_curves(entry["budgets"], titles), f"{name}: accuracy within b tokens, with 95 % intervals.")
+        for name, entry in comparison["benchmarks"].items()
     ]
 
 
@@ -231,6 +265,10 @@ def interval(found: dict[str, Any]) -> str:
     return f"{100 * found['low']:.1f} to {100 * found['high']:.1f}"
 
 
+def signed_interval(low: float | None, high: float | None) -> str:
+    return f"{100 * low:+.1f} to {100 * high:+.1f}" if low is not None and high is not None else "-"
+
+
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}..."
@@ -262,10 +300,12 @@ def write_html(path: Path, report: dict[str, Any], results: Sequence[Result]) ->
         title=title_of(report),
         lead=f"Fingerprint {report['fingerprint'][:16]}. Intervals are 95 %, over problems; every number is defined below.",
         overview=overview(report),
-        columns={"overview": OVERVIEW, "compared": COMPARED},
+        columns={"overview": OVERVIEW, "compared": COMPARED, "budgets": BUDGETS},
         macro=macro_line(report) if "macro mean" in report else "",
         comparison=report.get("comparison"),
         compared=compared(report["comparison"]) if "comparison" in report else [],
+        budgets=budget_rows(report["comparison"]) if "comparison" in report else [],
+        budget_figures=trusted(budget_figures(report)) if "comparison" in report else [],
         benchmarks=benchmarks,
         percent=percent,
         interval=interval,

@@ -61,6 +61,21 @@ def metric_curves(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     return svg[0]
 
 
+def budget_curves(budgets: Sequence[Mapping[str, float]], titles: Mapping[str, str]) -> str:
+    """Accuracy within b tokens against b, with 95 % bands; titles: of `run` and of `baseline`."""
+    tokens = [point["tokens"] for point in budgets]
+    with _figure("budgets") as (axes, svg):
+        for (name, title), line in zip(titles.items(), (LINES[2], LINES[0]), strict=True):
+            axes.plot(tokens, [point[name] for point in budgets], label=title, **line)
+            band = ([point[f"{name}_{end}"] for point in budgets] for end in ("low", "high"))
+            axes.fill_between(tokens, *band, color=line["color"], alpha=0.15, linewidth=0)
+        axes.set_xlabel("token budget b")
+        axes.set_ylabel("accuracy within b tokens")
+        axes.set_ylim(0, 1.02)
+        axes.legend(frameon=False, labelcolor=INK, loc="best", handlelength=3.5)
+    return svg[0]
+
+
 def calibration(probabilities: Array, correct: Array, bins: int = 10) -> str:
     """Predicted probability against the share of right completions, both flat, in bins of equal counts, with 95 % intervals."""
     order = np.argsort(probabilities, kind="stable")

@@ -1,7 +1,8 @@
 """Log-probabilities of given tokens without the [tokens, vocab] tensor: the language-model head, a chunk at a time, in float32.
 
 A bfloat16 logit is off by more than a token's log-ratio to its reference: the head's product is taken in float32 whatever the
-model's precision. Backward recomputes a chunk's logits, so memory grows with the tokens, not with tokens times vocabulary.
+model's precision. Backward recomputes a chunk's logits (not below a frozen head), so that memory grows with the tokens, not
+with tokens times vocabulary.
 """
 
 from functools import partial
@@ -23,8 +24,11 @@ def token_logprobs(model: Any, states: Tensor, tokens: Tensor) -> Tensor:
     """
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     size = max(1, CHUNK_LOGITS // config.vocab_size)
+    frozen = not any(weight.requires_grad for weight in head.parameters())
     parts = [
-        checkpoint(_chunk, head, config, part, wanted, use_reentrant=False)
+        _linearised(head, config, part, wanted)
+        if frozen and part.requires_grad and torch.is_grad_enabled()
+        else checkpoint(_chunk, head, config, part, wanted, use_reentrant=False)
         for part, wanted in zip(states.split(size), tokens.split(size), strict=True)
     ]
     return torch.cat(parts) if parts else states.new_zeros(0, dtype=torch.float32)
@@ -39,6 +43,15 @@ def _chunk(head: nn.Module, config: Any, states: Tensor, tokens: Tensor) -> Tens
         if cap is not None:
             logits = torch.tanh(logits / cap) * cap
         return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+
+
+def _linearised(head: nn.Module, config: Any, states: Tensor, tokens: Tensor) -> Tensor:
+    """`_chunk` below a frozen head: d log pi / d state [tokens, d], taken while the logits are there, is all that backward
+    needs, so that it does not compute them again. A token's log-probability depends on no other's state."""
+    fixed = states.detach().requires_grad_()
+    logprobs = _chunk(head, config, fixed, tokens)
+    (slopes,) = torch.autograd.grad(logprobs.sum(), fixed)
+    return logprobs.detach() + ((states - fixed.detach()) * slopes).float().sum(-1)
 
 
 def in_float32(head: Any, states: Tensor) -> Tensor:

@@ -257,10 +257,21 @@ def _cut(config: PreTrainedConfig, layers: int | None) -> PreTrainedConfig:
 def load_value_model(
     folder: str | Path, policy: Policy, any_reference: bool = False, dtype: torch.dtype | None = None
 ) -> ValueModel:
-    """A saved value model, ready to guide a policy, on its device.
+    """A saved value model, ready to guide a policy, on its device. dtype: of the backbone, default the policy's.
 
-    any_reference: also when it learned the returns of another policy of the same vocabulary. dtype: of the backbone,
-    default the policy's. Errors: UserError naming `guide` for a folder that holds none or is damaged, weights that are not
+    Errors: as `read_value_model`.
+    """
+    value = read_value_model(folder, policy, any_reference, dtype or policy.model.dtype)
+    return value.to(policy.model.device).eval().requires_grad_(False)
+
+
+def read_value_model(
+    folder: str | Path, policy: Policy, any_reference: bool = False, dtype: torch.dtype | Literal["auto"] = "auto"
+) -> ValueModel:
+    """A saved value model, fit to guide a policy, whose own weights are not asked for.
+
+    any_reference: also when it learned the returns of another policy of the same vocabulary. dtype: of the backbone, `auto`
+    is the checkpoint's. Errors: UserError naming `guide` for a folder that holds none or is damaged, weights that are not
     finite, another vocabulary, and another policy.
     """
     folder = Path(folder)
@@ -275,9 +286,7 @@ def load_value_model(
         if config.get("head") not in HEADS:
             raise UserError(f"guide: {folder} has a head {config.get('head')!r}; known are {', '.join(HEADS)}")
         _check_atoms(config.get("atoms"), f"guide: {folder} has bad ")
-        value, loaded = ValueModel.from_pretrained(
-            folder, use_safetensors=True, output_loading_info=True, dtype=dtype or policy.model.dtype
-        )
+        value, loaded = ValueModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True, dtype=dtype)
     except UserError:
         raise
     except Exception as error:  # a damaged file breaks the loaders in whatever place the damage is
@@ -301,7 +310,7 @@ def load_value_model(
             f"guide: {folder} was trained for the policy {str(value.config.reference)[:16]}, this one is "
             f"{policy.fingerprint[:16]}; {hint}"
         )
-    return value.to(policy.model.device).eval().requires_grad_(False)
+    return value
 
 
 def value_fingerprint(folder: str | Path) -> str:

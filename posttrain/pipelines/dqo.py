@@ -62,6 +62,10 @@ class DQOTraining:
     accumulation: int = field(default=1, metadata={"help": "forwards per step"})
     bf16: bool = field(default=False, metadata={"help": "bfloat16 forward; weights stay float32"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory, a second forward"})
+    packing: bool = field(default=False, metadata={"help": "no padding; for flash attention"})
+    value_layers: int | None = field(
+        default=None, metadata={"help": "so many of the value model's last layers learn, and its head; default: all"}
+    )
     lora_rank: int | None = field(default=None, metadata={"help": "LoRA on the policy; default: full fine-tuning"})
     value_lora_rank: int | None = field(
         default=None, metadata={"help": "LoRA on the value model; with lora_rank on the same frozen base"}

@@ -6,8 +6,9 @@
     ARM-test/         its rollout table on the same problems
     summary.json, report.html
 
-What is finished is not made again; an interrupted training continues from its last checkpoint, during the first pass over
-the problems as if it had not been interrupted (later, TRL draws another order of them). One process only.
+What is finished is not made again; an interrupted training continues from its last checkpoint as if it had not been
+interrupted (but see the trainer's `eval_on_start`: a resumed run looks at the validation problems once more).
+One process only.
 """
 
 import dataclasses
@@ -30,6 +31,7 @@ from posttrain.evaluation.plots import length_histogram, step_curves
 from posttrain.evaluation.report import Figure, write_report
 from posttrain.models.load import Policy, load_model
 from posttrain.pipelines.rollout import RolloutConfig, check_overlap, lengths_by_verdict, rollout
+from posttrain.pipelines.value_training import last_checkpoint
 from posttrain.provenance import hash_json, plain, versions, write_json
 from posttrain.rewards.math import grade
 from posttrain.rollouts.engine import Sampling
@@ -222,7 +224,6 @@ def train(
         return made
     from datasets import Dataset  # with the trainer below, seconds of import
     from transformers import PrinterCallback
-    from transformers.trainer_utils import get_last_checkpoint
 
     from posttrain.trainers.grpo_lambda import GRPOLambdaTrainer
 
@@ -247,7 +248,7 @@ def train(
             rollout_func=_rollouts(config, policy),
         )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(scratch)) if scratch.is_dir() else None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
     model = trainer.accelerator.unwrap_model(trainer.model)
     if config.training.lora_rank:
         model = model.merge_and_unload()
@@ -345,7 +346,7 @@ def _arguments(config: GRPOLambdaRunConfig, arm: str, folder: Path, policy: Poli
             told = "is a setting of ours" if name in own else f"no argument of TRL's GRPOConfig{nearest(name, known)}"
             raise UserError(f"training.trl.{name}: {told}")
     quiet = {"report_to": "none", "disable_tqdm": not sys.stderr.isatty(), "logging_steps": 1}
-    saving = {"save_strategy": "steps", "save_steps": 20, "save_total_limit": 1}
+    saving = {"save_strategy": "steps", "save_steps": 20, "save_total_limit": 2}
     try:
         return GRPOLambdaConfig(**{**quiet, **saving, **own, **settings.trl})
     except (ValueError, TypeError) as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 from posttrain.data.load import Row, load_rows
 from posttrain.data.prompts import shortened, template_for
 from posttrain.decoding.guide import ValueGuide
+from posttrain.decoding.vllm import VLLMGuide
 from posttrain.errors import UserError
 from posttrain.evaluation.arms import sampled_arms
 from posttrain.evaluation.grades import grader_fingerprint
@@ -63,7 +64,7 @@ def rollout(
     out: Path,
     resume: bool,
     say: Callable[[str], None] = print,
-    guide: ValueGuide | None = None,
+    guide: ValueGuide | VLLMGuide | None = None,
     prefixes: Mapping[tuple[str, int], Prefix] | None = None,
     engine: Engine | None = None,
 ) -> RolloutTable:
@@ -74,9 +75,11 @@ def rollout(
     Errors: UserError naming the field, before anything is sampled.
     """
     template = config.template
-    engine = engine or TransformersEngine(
-        policy.model, policy.tokenizer, fingerprint=policy.fingerprint, slots=config.slots, guide=guide
-    )
+    if engine is None:
+        assert not isinstance(guide, VLLMGuide), "it guides in an engine of its own"
+        engine = TransformersEngine(
+            policy.model, policy.tokenizer, fingerprint=policy.fingerprint, slots=config.slots, guide=guide
+        )
     prompts = prompts_for(rows, policy.tokenizer, template)
     check_prompts(prompts, engine, config.sampling)
     say(f"prompt of row {prompts[0].id!r}, {len(prompts[0].ids)} tokens, as the model sees it:")

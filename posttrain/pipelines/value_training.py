@@ -5,10 +5,14 @@ import json
 import shutil
 import sys
 import time
+import warnings
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from safetensors import SafetensorError, safe_open
 
 from posttrain.config import within
 from posttrain.errors import UserError
@@ -19,6 +23,12 @@ from posttrain.rollouts.collect import reserved
 from posttrain.rollouts.table import RolloutTable
 
 MADE_BY = "made_by.json"
+METRICS = (
+    "loss",
+    "auc",
+    "calibration_error",
+    "explained_variance",
+)  # without those that held-out prompts leave undefined
 
 
 @dataclass(frozen=True)
@@ -110,7 +120,7 @@ def _train(
     from peft import LoraConfig  # with the trainer below, seconds of import
     from transformers import PrinterCallback
 
-    from posttrain.trainers.value import ValueConfig, ValueTrainer
+    from posttrain.trainers.value import ValueConfig, ValueTrainer, defined
     from posttrain.trainers.value_examples import examples_of, split_by_prompt
 
     started = time.perf_counter()
@@ -156,8 +166,8 @@ def _train(
         "config": plain(config),
         "seed": seed,
         "completions": {"train": len(train), "held_out": len(held_out)},
-        "metrics": {name: metrics[name] for name in ("loss", "auc", "calibration_error", "explained_variance")},
-        "by_position": trainer.by_position,
+        "metrics": defined({name: metrics[name] for name in METRICS}),
+        "by_position": [defined(entry) for entry in trainer.by_position],
         "seconds": time.perf_counter() - started,
         "versions": versions(),
     }
@@ -167,6 +177,25 @@ def _train(
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint; transformers writes its trainer state last, so that one without it was interrupted."""
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+    """The newest whole checkpoint; transformers writes its trainer state last, so that one without it was interrupted. One
+    with a damaged file is passed over, with a warning."""
+    written = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    for checkpoint in sorted(written, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        damaged = next((path for path in sorted(checkpoint.rglob("*")) if _is_damaged(path)), None)
+        if damaged is None:
+            return str(checkpoint)
+        warnings.warn(f"{damaged} is damaged; going on from the checkpoint before it, or anew", stacklevel=2)
+    return None
+
+
+def _is_damaged(path: Path) -> bool:
+    """Whether a file of a checkpoint is cut off or of another kind; its numbers are not looked at."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt"):  # compares the sizes in the header with the file's
+                return False
+        if path.name == "trainer_state.json":
+            json.loads(path.read_text(encoding="utf-8"))
+    except (SafetensorError, ValueError):
+        return True
+    return path.suffix in (".pt", ".pth") and not zipfile.is_zipfile(path)  # torch's; the index stands at the end

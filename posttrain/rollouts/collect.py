@@ -313,7 +313,7 @@ def _row(job: _Job, completion: Completion, text: str, graded: Grade, policy: st
         "verdict": graded.verdict,
         "reward": float(graded.correct),
         "correct": graded.correct,
-        "logprobs": completion.logprobs,
+        "logprobs": completion.logprobs if completion.text is None else None,
         "policy": policy,
         "guide": guide if beta is not None else None,
         "beta": beta,
@@ -332,6 +332,8 @@ def _row(job: _Job, completion: Completion, text: str, graded: Grade, policy: st
 
 def completion_text(tokenizer: Any, completion: Completion) -> str:
     """Without special tokens, and cut before the stop text that ended it."""
+    if completion.text is not None:
+        return completion.text
     text: str = tokenizer.decode(completion.ids, skip_special_tokens=True)
     return text.partition(completion.stop)[0] if completion.stop else text
 

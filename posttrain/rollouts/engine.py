@@ -100,6 +100,7 @@ class Completion:
     kl: float = 0.0
     log_ratio: float = 0.0
     top_logprobs: tuple[TopLogprobs, ...] = ()
+    text: str | None = None  # of an engine that tells nothing else: `ids` then only count, and there are no `logprobs`
 
 
 def first_stop(text: str, stop: Sequence[str]) -> str | None:

@@ -177,7 +177,7 @@ def _arguments(model: Any, settings: BaselineTraining, folder: Path, seed: int) 
         "use_cpu": model.device.type == "cpu",
         "logging_steps": 10,
         "save_steps": SAVE_STEPS,
-        "save_total_limit": 1,
+        "save_total_limit": 2,
         "report_to": "none",
         "disable_tqdm": not sys.stderr.isatty(),
         "seed": seed,

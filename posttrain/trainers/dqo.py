@@ -4,6 +4,7 @@ Policy and value model are one module: one forward, one optimizer with a learnin
 and values that a loss holds fixed are those of the same forward, before either model is stepped.
 """
 
+import copy
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -92,7 +93,7 @@ class DQOConfig(TrainingArguments):
         default=None, metadata={"help": "so many of the value model's last layers learn, and its head; default: all"}
     )
     report_to: Any = field(default="none", metadata={"help": "where to log: none, tensorboard, wandb, ..."})
-    save_total_limit: int | None = field(default=1, metadata={"help": "how many checkpoints to keep"})
+    save_total_limit: int | None = field(default=2, metadata={"help": "how many checkpoints to keep"})
 
     def __post_init__(self) -> None:
         if not 0 < self.beta < math.inf:
@@ -372,10 +373,11 @@ def _adapt(model: ActorCritic, peft_config: Any, value_peft_config: Any, seed: i
     from peft import get_peft_model
 
     set_seed(seed)
+    # Copies: peft writes the names of the modules that it found into a configuration, and the two models' differ.
     if peft_config is not None:
-        model.policy = get_peft_model(model.policy, peft_config)
+        model.policy = get_peft_model(model.policy, copy.deepcopy(peft_config))
     if value_peft_config is not None:
-        model.critic.backbone = get_peft_model(model.critic.backbone, value_peft_config)
+        model.critic.backbone = get_peft_model(model.critic.backbone, copy.deepcopy(value_peft_config))
 
 
 def _freeze_below(critic: ValueModel, layers: int) -> None:

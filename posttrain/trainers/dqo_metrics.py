@@ -59,4 +59,5 @@ def measure(
         measured["weight_capped"] = (weights >= cap * (1 - 1e-6)).float().mean()
         measured["weight_small"] = (weights < SMALL).float().mean()
         measured["ess"] = weights.sum().square() / weights.square().sum() / len(weights)
-    return {name: float(value) for name, value in measured.items()}
+    device = logprobs.device  # one transfer, not twenty
+    return dict(zip(measured, torch.stack([value.to(device) for value in measured.values()]).tolist(), strict=True))

@@ -1,42 +1,67 @@
 """GRPO-lambda on TRL: group-relative policy optimisation whose length penalty is gated by how often a group is right.
 
-One method of TRL's GRPOTrainer is overridden, `_calculate_rewards`: rewards arrive there gathered for the whole generation
-batch, groups contiguous even where ranks share one, and lengths are gathered beside them. So everything else is TRL's own:
-losses, vLLM, adapters, several weighted rewards, two-sided masks of the sampling mismatch (`vllm_importance_sampling_mode`
-with both clip bounds, `off_policy_mask_threshold`, `delta`). Whatever reads rewards later, filters among them, sees the
-shaped ones.
+One method of TRL's GRPOTrainer is overridden for it, `_calculate_rewards`: rewards arrive there gathered for the whole
+generation batch, groups contiguous even where ranks share one, and lengths are gathered beside them. (Another, the sampler,
+so that a resumed training goes on as it would have.) So everything else is TRL's own: losses, vLLM, adapters, several weighted
+rewards, two-sided masks. Whatever reads rewards later, filters among them, sees the shaped ones.
 """
 
+import inspect
 import logging
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from trl import GRPOConfig, GRPOTrainer
 
 from posttrain.errors import UserError, nearest
+from posttrain.objectives import length
 from posttrain.objectives.advantages import advantages
 from posttrain.objectives.length import gate, group_gated
 from posttrain.trainers.verifiers import Verifier, tolerant
 
 logger = logging.getLogger(__name__)
 
+PEERS: dict[str, Callable[..., Tensor]] = {
+    name: getattr(length, name)
+    for name in (
+        *("sigmoid", "kimi", "l1_exact", "l1_max", "soft_overlong"),
+        *("shorter_better", "alp", "linear", "gr3", "cosine"),
+    )
+}
 PATIENCE = 10  # generation batches without a finished completion, before it is said
 
 
 @dataclass
 class GRPOLambdaConfig(GRPOConfig):
-    """Arguments of TRL's GRPOTrainer, and the gate's own. The paper's constants are not known; these are ours."""
+    """Arguments of TRL's GRPOTrainer, and the gate's own. The paper's constants are not known; these are ours.
+
+    Two-sided masks of ratios are TRL's: `delta` bounds the ratio of the update from above where the advantage is negative
+    too (`epsilon` and `epsilon_high` clip it one side at a time); `vllm_importance_sampling_clip_min` and `_clip_max` with
+    the modes `token_mask` and `sequence_mask` drop what vLLM's law and the trainer's disagree on, both ways;
+    `off_policy_mask_threshold` drops completions of negative advantage that the policy has moved away from.
+
+    A peer in place of the gate (`length_reward`) uses its paper's settings, or those of `length_reward_options`; of the
+    gate's it has the warm-up, `alpha_ramp_steps` (its term grows to its whole) and the guard, and gate_fraction 0
+    switches it off.
+    """
 
     scale_rewards: str = field(
         default="none", metadata={"help": "group, batch or none; under group, alpha is inert where all are right"}
     )
     correctness_reward: str | None = field(
         default=None, metadata={"help": "the reward function that is shaped, by name; default: the first"}
+    )
+    length_reward: str = field(
+        default="group_gated", metadata={"help": f"group_gated, or a peer in its place: {', '.join(PEERS)}"}
+    )
+    length_reward_options: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "settings of a peer, such as {target: 500} for l1_exact; default: its paper's"}
     )
     gate_fraction: float = field(
         default=0.2, metadata={"help": "part of the prompts, the most often right, whose lengths are rewarded"}
@@ -68,6 +93,9 @@ class GRPOLambdaConfig(GRPOConfig):
             raise UserError(f"guard_drop: must be positive, got {self.guard_drop}; leave it empty for no guard")
         if self.guard_steps < 1:
             raise UserError(f"guard_steps: must be at least 1, got {self.guard_steps}")
+        if self.length_reward != "group_gated" and self.length_reward not in PEERS:
+            known = ("group_gated", *PEERS)
+            raise UserError(f"length_reward: no {self.length_reward!r}{nearest(self.length_reward, known)}")
         if self.num_generations is not None and self.num_generations < 2:
             raise UserError(
                 f"num_generations: must be at least 2, got {self.num_generations}; a group is compared within"
@@ -78,32 +106,88 @@ class GRPOLambdaConfig(GRPOConfig):
             super().__post_init__()
         except ValueError as error:
             raise UserError(" ".join(str(error).split())) from None
-        if self.scale_rewards == "group" and self.gate_fraction * self.alpha > 0:
+        self._check_options()
+        if (
+            self.scale_rewards == "group"
+            and self.length_reward == "group_gated"
+            and self.gate_fraction * self.alpha > 0
+        ):
             warnings.warn(
                 "scale_rewards: under 'group' alpha is inert in groups that are all right, the ones the gate prefers; "
                 "'none' makes the length gradient proportional to alpha",
                 stacklevel=2,
             )
 
+    def _check_options(self) -> None:
+        options = self.length_reward_options or {}
+        if not isinstance(options, dict):
+            raise UserError(f"length_reward_options: must be a mapping, got {options!r}")
+        if self.length_reward == "group_gated":
+            if options:
+                raise UserError("length_reward_options: group_gated has none; its settings are fields of their own")
+            return
+        peer, example = PEERS[self.length_reward], torch.ones(1, 2)
+        known = list(inspect.signature(peer).parameters)[3:]
+        for name, value in options.items():
+            if name not in known:
+                raise UserError(f"length_reward_options.{name}: {self.length_reward} has {', '.join(known)}")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise UserError(f"length_reward_options.{name}: must be a number, got {value!r}")
+        try:
+            peer(example, example, example.bool(), **options)
+        except (TypeError, ValueError) as error:  # one that it cannot do without, or out of range
+            raise UserError(f"length_reward_options: {self.length_reward}: {error}") from None
+
+
+class EpochOrder(Sampler):
+    """TRL's order of the problems in every epoch, in a resumed training too, whose first pass TRL would draw as epoch 0."""
+
+    def __init__(self, sampler: Any, epoch: Callable[[], int]) -> None:
+        self.sampler, self.epoch = sampler, epoch
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        if self.sampler.shuffle:
+            generator = self.sampler.generator.manual_seed(self.sampler.seed)
+            for _ in range(self.epoch()):
+                torch.randperm(self.sampler.num_samples, generator=generator)
+        return iter(self.sampler)
+
 
 class GRPOLambdaTrainer(GRPOTrainer):
-    """As TRL's, except that the correctness reward's column is shaped while training: r * `group_gated` where r > 1/2.
+    """As TRL's, except that the correctness reward's column is shaped while training: r * `group_gated` where r > 1/2,
+    or r + (what a peer gives - c), c = 1 where r > 1/2.
 
     A completion that the token limit cut off is incorrect: its r is 0 at most. A reward function that raises marks that
     completion as not scored (None), and the run goes on. Evaluation is not shaped: its accuracy is the accuracy.
 
     What it logs, besides TRL's: `accuracy`; `reward_unshaped`, the weighted reward without the length term;
-    `gate/alpha`, `gate/fraction` (of prompts gated), `gate/accuracy` (of theirs), `gate/negative_correct` (correct
+    `gate/alpha` (of a peer: the part of its term), `gate/fraction` (of prompts gated; a peer takes all), `gate/accuracy`
+    (of theirs), `gate/negative_correct` (correct
     completions per batch whose advantage is negative; in a group that is all right, the long half always is);
     `completions/mean_length_right`, `completions/mean_length_wrong`;
     `verifier_errors` per batch, and in the completions table what each was.
 
-    Errors: UserError for a correctness_reward that is no reward function, a reward function that returns the wrong number
-    of rewards, or one that raises on the whole first batch.
+    A resumed training continues bit for bit, in any epoch, where checkpoints fall between generation batches (always, unless
+    num_iterations or steps_per_generation let several optimiser steps share one: let save_steps be a multiple of these).
+    Weights, optimiser, schedule, random states and the log are the checkpoint's, the steps and the guard follow from
+    the log; the count of batches without a finished completion begins anew.
+
+    Errors: UserError for args that are not a GRPOLambdaConfig, a correctness_reward that is no reward function, a reward
+    function that returns the wrong number of rewards, or one that raises on the whole first batch.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, model: Any, reward_funcs: Any = None, args: GRPOLambdaConfig | None = None, *others: Any, **kwargs: Any
+    ) -> None:
+        if args is None:  # as TRL's, with our own arguments
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = GRPOLambdaConfig(f"{name.rstrip('/').rpartition('/')[2]}-GRPO-lambda")
+        if not isinstance(args, GRPOLambdaConfig):
+            raise UserError(f"args: must be a GRPOLambdaConfig, got a {type(args).__name__}")
+        super().__init__(model, reward_funcs, args, *others, **kwargs)
         names, wanted = self.reward_func_names, self.args.correctness_reward
         if wanted is not None and wanted not in names:
             raise UserError(f"correctness_reward: no reward function {wanted!r}{nearest(wanted, names)}")
@@ -136,19 +220,26 @@ class GRPOLambdaTrainer(GRPOTrainer):
         unshaped[:, self._correctness] = outcomes.flatten()
         shaped = unshaped.clone()
         args, (gate_fraction, alpha) = self.args, self._strength()
-        factors = group_gated(
-            *(correct, lengths, finished, gate_fraction, alpha, args.min_group_accuracy, args.length_std_floor)
-        )
         right = (correct == 1) & finished
-        shaped[:, self._correctness] = torch.where(right, outcomes * factors, outcomes).flatten()
-        gated = gate(correct, finished, gate_fraction, args.min_group_accuracy)
+        if args.length_reward == "group_gated":
+            factors = group_gated(
+                *(correct, lengths, finished, gate_fraction, alpha, args.min_group_accuracy, args.length_std_floor)
+            )
+            column = torch.where(right, outcomes * factors, outcomes)
+            gated = gate(correct, finished, gate_fraction, args.min_group_accuracy)
+        else:
+            found = PEERS[args.length_reward](correct, lengths, finished, **args.length_reward_options or {})
+            column = outcomes + alpha * (found - right.to(found.dtype))
+            gated = torch.full((len(correct),), alpha > 0, device=rewards.device)
+        shaped[:, self._correctness] = column.flatten()
         self._measure(unshaped, shaped, lengths, right, outcomes.isnan(), gated, alpha)
         if self.model.training:
             self._watch_truncation(finished)
         return shaped
 
     def _strength(self) -> tuple[float, float]:
-        """(gate fraction, alpha) at this step; 0 in evaluation, in the warm-up and after a collapse."""
+        """(gate fraction, alpha, or the part of a peer's term) at this step; 0 in evaluation, in the warm-up and after a
+        collapse."""
         args, step = self.args, self.state.global_step - self.args.penalty_warmup_steps
         if not self.model.training or step < 0:
             return 0.0, 0.0
@@ -163,7 +254,11 @@ class GRPOLambdaTrainer(GRPOTrainer):
                 )
         if self._collapsed:
             return 0.0, 0.0
-        return args.gate_fraction * _ramp(step, args.gate_ramp_steps), args.alpha * _ramp(step, args.alpha_ramp_steps)
+        alpha = args.alpha if args.length_reward == "group_gated" else float(args.gate_fraction > 0)
+        return args.gate_fraction * _ramp(step, args.gate_ramp_steps), alpha * _ramp(step, args.alpha_ramp_steps)
+
+    def _get_train_sampler(self, dataset: Any = None) -> Sampler:
+        return EpochOrder(super()._get_train_sampler(dataset), lambda: int(self.state.epoch or 0))
 
     def _errors(self, count: int) -> list[str | None]:
         """What was wrong with each of this rank's completions, of all reward functions."""

@@ -55,7 +55,7 @@ class ValueConfig(TrainingArguments):
     )
     report_to: Any = field(default="none", metadata={"help": "where to log: none, tensorboard, wandb, ..."})
     save_strategy: str = field(default="epoch", metadata={"help": "when to save a checkpoint one can resume from"})
-    save_total_limit: int | None = field(default=1, metadata={"help": "how many checkpoints to keep"})
+    save_total_limit: int | None = field(default=2, metadata={"help": "how many checkpoints to keep"})
 
     def __post_init__(self) -> None:
         if self.reduction not in ("row", "token"):
@@ -211,12 +211,12 @@ class ValueTrainer(Trainer):
             {
                 "versions": versions(),
                 "arguments": arguments,
-                "log": [_defined(entry) for entry in self.state.log_history],
-                "by_position": [_defined(entry) for entry in self.by_position],
+                "log": [defined(entry) for entry in self.state.log_history],
+                "by_position": [defined(entry) for entry in self.by_position],
             },
         )
 
 
-def _defined(metrics: dict[str, float]) -> dict[str, float]:
+def defined(metrics: dict[str, float]) -> dict[str, float]:
     """Without what is NaN, as the AUC of a tenth whose returns are all equal: JSON has no word for it."""
     return {name: value for name, value in metrics.items() if not isinstance(value, float) or math.isfinite(value)}

@@ -1,9 +1,10 @@
 import json
 
+import numpy as np
 import pytest
 
 from posttrain.errors import UserError
-from posttrain.evaluation.compare import compare
+from posttrain.evaluation.compare import compare, within
 from posttrain.evaluation.harness import evaluate
 from posttrain.evaluation.harness_report import write_reports
 from posttrain.evaluation.results import load_results
@@ -62,6 +63,7 @@ def test_settings_that_differ_are_named():
     assert found["differs"] == {"model": ["m", "n"], "seed": [1, 0]}
 
 
+@pytest.mark.slow
 def test_the_report_shows_the_comparison(evaluated, tmp_path, data):
     ours, theirs = evaluated("a", seed=1), evaluated("b", temperature=0.3)
     write_reports(ours, theirs, say=lambda _: None)
@@ -70,7 +72,81 @@ def test_the_report_shows_the_comparison(evaluated, tmp_path, data):
         comparison["differs"]["sums.temperature"] == [0.6, 0.3] and comparison["benchmarks"]["sums"]["problems"] == 12
     )
     for name in ("report.md", "report.html"):
-        assert "Against adder" in (ours / name).read_text()
+        text = (ours / name).read_text()
+        assert "Against adder" in text and "accuracy within b tokens" in text
+    budgets = comparison["benchmarks"]["sums"]["budgets"]
+    assert len(budgets) > 3 and all(
+        f"| sums | {point['tokens']} |" in (ours / "report.md").read_text() for point in budgets
+    )
+    assert "token budget b" in (ours / "report.html").read_text()
+
+
+def with_tokens(verdicts, tokens):
+    result = result_of(verdicts)
+    result.__dict__["tokens"] = tokens
+    return result
+
+
+def test_the_token_ratio_is_paired_by_problem():
+    """Lengths spread tenfold over the problems, and are halved in each: the interval knows, unpaired it would be wide."""
+    lengths = [[10 * (i + 1)] * 2 for i in range(20)]
+    noisy = [[5 * (i + 1) + i % 3, 5 * (i + 1) - i % 2] for i in range(20)]
+    found = compare(run_of(with_tokens(["=="] * 20, noisy)), run_of(with_tokens(["=="] * 20, lengths)))
+    tokens = found["benchmarks"]["mine"]["tokens"]
+    assert tokens["ratio"] == pytest.approx(np.mean(noisy) / np.mean(lengths))
+    assert 0.49 < tokens["ratio_low"] < tokens["ratio"] < tokens["ratio_high"] < 0.52
+    assert tokens["low"] < tokens["difference"] < tokens["high"] < 0
+
+
+def test_accuracy_within_budgets_is_what_counting_gives():
+    rng = np.random.default_rng(0)
+    runs = []
+    for share in (0.6, 0.5):
+        verdicts = ["".join(rng.choice(["=", "-"], 3, p=[share, 1 - share])) for _ in range(15)]
+        runs.append((verdicts, rng.integers(1, 90, (15, 3)).tolist()))
+    ours, theirs = (with_tokens(*run) for run in runs)
+    entry = compare(run_of(ours), run_of(theirs))["benchmarks"]["mine"]
+    budgets = [point["tokens"] for point in entry["budgets"]]
+    lengths = sorted(length for _, tokens in runs for group in tokens for length in group)
+    assert budgets == [lengths[9 * (i + 1) - 1] for i in range(10)]
+    for point in entry["budgets"]:
+        shares = []
+        for verdicts, tokens in runs:
+            right = 0
+            for group, own in zip(verdicts, tokens, strict=True):
+                for letter, length in zip(group, own, strict=True):
+                    right += letter == "=" and length <= point["tokens"]
+            shares.append(right / 45)
+        assert [point["run"], point["baseline"]] == pytest.approx(shares)
+        assert point["difference"] == pytest.approx(shares[0] - shares[1])
+        assert point["difference_low"] <= point["difference"] <= point["difference_high"]
+        assert 0 <= point["run_low"] <= point["run"] <= point["run_high"] <= 1
+    last, score = entry["budgets"][-1], entry["metrics"]["pass@1"]
+    assert [last[name] for name in ("run", "baseline", "difference")] == pytest.approx(
+        [score[name] for name in ("run", "baseline", "difference")]
+    )
+
+
+def test_budgets_count_shared_problems_only():
+    rows = [{"id": name} for name in "abc"]
+    ours, theirs = result_of(["=", "=", "-"], rows=rows), result_of(["=", "-", "="], rows=[{"id": x} for x in "xab"])
+    found = compare(run_of(ours), run_of(theirs))["benchmarks"]["mine"]["budgets"]
+    assert [(point["tokens"], point["run"], point["baseline"]) for point in found] == [
+        (10, 0.5, 0),
+        (20, 1, 0),
+        (30, 1, 0.5),
+    ]
+
+
+def test_one_token_more_than_the_budget_is_wrong():
+    result = with_tokens(["==-", "=--"], [[7, 8, 3], [8, 1, 1]])
+    assert within(result, 7).tolist() == [1 / 3, 0] and within(result, 8).tolist() == [2 / 3, 1 / 3]
+
+
+def test_one_problem_has_no_interval():
+    found = compare(run_of(result_of(["=-"])), run_of(result_of(["--"])))["benchmarks"]["mine"]
+    assert (found["tokens"]["ratio_low"], found["tokens"]["ratio_high"]) == (0, None)
+    assert found["budgets"][-1]["difference_low"] is None
 
 
 def test_a_subset_is_compared_with_the_whole(evaluated, tmp_path, data):

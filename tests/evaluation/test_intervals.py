@@ -14,6 +14,7 @@ from posttrain.evaluation.intervals import (
     macro_mean,
     mean_interval,
     paired_comparison,
+    paired_ratio,
     sign_flip_p_value,
     standard_error,
     variance_split,
@@ -351,3 +352,32 @@ def test_one_problem_decides_nothing():
 def test_comparison_refuses_by_name(run, baseline, field):
     with pytest.raises(ValueError, match=rf"^{field}: "):
         paired_comparison(run, baseline)
+
+
+# -- the ratio of two means
+
+
+def test_a_constant_ratio_has_a_point_for_an_interval():
+    lengths = np.arange(1.0, 30)
+    assert paired_ratio(0.5 * lengths, lengths) == pytest.approx((0.5, 0.5, 0.5))
+
+
+@pytest.mark.slow
+def test_the_interval_of_a_ratio_covers():
+    """Log-normal lengths, shared between both sides up to noise: 400 simulated pairs of 40 problems, ratio 0.7."""
+    rng = np.random.default_rng(3)
+    hits = 0
+    for seed in range(400):
+        lengths = rng.lognormal(4, 0.6, 40)
+        run = 0.7 * lengths * rng.lognormal(-0.02, 0.2, 40)
+        _, low, high = paired_ratio(run, lengths, seed=seed)
+        hits += low <= 0.7 <= high
+    assert 0.91 <= hits / 400 <= 0.98
+
+
+@pytest.mark.parametrize(
+    ("run", "message"), [([1.0, 2.0, 3.0], "must be the same problems"), ([0.0, 1.0], "^run: must")]
+)
+def test_what_has_no_ratio_is_refused(run, message):
+    with pytest.raises(ValueError, match=message):
+        paired_ratio(run, [1.0, 2.0])

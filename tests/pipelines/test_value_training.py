@@ -1,5 +1,6 @@
 """What makes a trained value model another one, and who may train into its folder."""
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -39,6 +40,18 @@ def test_a_base_with_other_weights_is_another_training(policy, table, tmp_path):
     save_file({**weights, name: weights[name] * 1.5}, base / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="value: .* was trained on other completions or with other settings"):
         train_value(policy, [table], config, tmp_path / "value")
+
+
+def test_completions_that_all_fail_leave_some_metrics_out(policy, tmp_path):
+    """As those of a small model on hard problems do, when prompts of one outcome are kept."""
+    (tmp_path / "hard.jsonl").write_text("".join(f'{{"problem": "1{i}+2{i}=?", "answer": "0"}}\n' for i in range(6)))
+    plan = RolloutConfig(
+        str(tmp_path / "hard.jsonl"), "train", prompt="{problem}", samples=2, sampling=Sampling(max_tokens=16)
+    )
+    table = rollout(policy, plan, plan.rows(), tmp_path / "table", False, lambda _: None)
+    made = train_value(policy, [table], replace(CONFIG, drop_unanimous=False), tmp_path / "value")
+    assert made["metrics"].keys() == {"loss", "calibration_error"}
+    assert json.loads((tmp_path / "value" / "made_by.json").read_text()) == made
 
 
 def test_a_folder_is_trained_into_by_one_process_at_a_time(policy, table, tmp_path):

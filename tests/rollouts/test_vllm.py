@@ -126,7 +126,7 @@ def test_new_weights_are_those_of_a_fresh_engine(policy, prompts, theirs, other)
 def test_what_is_refused_is_refused_before_anything_is_generated(theirs):
     assert theirs["refused"] == [
         "max_tokens: request 0 has 40 tokens and asks for 500 more, the model's context is 512; at most 472 fit",
-        "beta: this engine has no guide; use the transformers engine, or leave beta out",
+        "beta: this engine has no guide; give it a value model, or leave beta out",
         "prompt: request 0 has token ids outside the model's vocabulary of 101",
         "slots: must be at least 1, got 0",
     ]

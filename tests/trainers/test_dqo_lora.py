@@ -108,6 +108,16 @@ def test_a_resumed_training_ends_in_the_same_weights(tmp_path):
     assert not (tmp_path / "parts" / "run" / "checkpoint-8" / "model.safetensors").exists()  # the base is not copied
 
 
+def test_one_configuration_serves_both_models(tmp_path):
+    policy = copy.deepcopy(build_model("llama"))
+    policy.model.layers = policy.model.layers[:2]  # so few modules that peft names each in full
+    policy.config.num_hidden_layers = 2
+    model, config = ActorCritic(policy, new_critic(policy, "reference")), lora()
+    DQOTrainer(model, arguments(tmp_path), examples(), peft_config=config, value_peft_config=config)
+    assert all(any("lora_A" in name for name, _ in part.named_parameters()) for part in (model.policy, model.critic))
+    assert config.target_modules == "all-linear"
+
+
 def test_adapters_below_the_layers_that_learn_stay_as_they_are(tmp_path):
     trainer = trainer_of(tmp_path, value_layers=1)
     before = weights_of(trainer)

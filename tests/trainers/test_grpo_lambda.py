@@ -18,8 +18,9 @@ from posttrain.data import arithmetic
 from posttrain.data.prompts import messages_for
 from posttrain.errors import UserError
 from posttrain.models.load import load_model
+from posttrain.objectives import length as length_rewards
 from posttrain.objectives.length import group_gated
-from posttrain.trainers.grpo_lambda import GRPOLambdaConfig, GRPOLambdaTrainer, collapse
+from posttrain.trainers.grpo_lambda import PEERS, GRPOLambdaConfig, GRPOLambdaTrainer, collapse
 
 ROOT = Path(__file__).parents[2]
 PLAIN = {"gate_fraction": 1.0, "min_group_accuracy": 0.0, "length_std_floor": 0.0}
@@ -133,6 +134,49 @@ def test_a_full_gate_is_the_plain_length_penalty(tmp_path):
         expected = 1 - 0.4 * ((length - own.mean()) / (spread + 1e-7)).sigmoid()
         torch.testing.assert_close(reward.double(), torch.where(right, expected, 0.0), atol=1e-6, rtol=0)
     assert made.state.log_history[0]["gate/fraction"] == 1
+
+
+OPTIONS = {"l1_exact": {"target": 60}, "l1_max": {"target": 60, "alpha": 0.01}, "cosine": {"max_length": 40}}
+
+
+@pytest.mark.slow
+def test_one_step_of_every_peer(tmp_path):
+    initial = dict(load_model("tiny", "cpu").model.named_parameters())
+    for name in PEERS:
+        options = OPTIONS.get(name)
+        made = trained(tmp_path / name, length_reward=name, length_reward_options=options, max_steps=1)
+        rewards, correct, lengths, finished = grouped(made)
+        expected = getattr(length_rewards, name)(correct, lengths, finished, **options or {})
+        torch.testing.assert_close(rewards, expected.to(rewards.dtype))
+        assert not torch.equal(rewards, correct) or name == "alp"  # its default is below a float's last digit here
+        assert made.state.log_history[0]["gate/fraction"] == 1
+        assert any(not torch.equal(value, initial[key]) for key, value in weights(made).items())
+
+
+def test_a_peer_waits_and_grows_with_the_schedule(tmp_path):
+    made = trainer(tmp_path, length_reward="linear", penalty_warmup_steps=5, alpha_ramp_steps=4)
+    made.model.train()
+    assert [alpha for _, alpha in strengths(made, (4, 5, 6, 8, 90))] == [0, 0.25, 0.5, 1, 1]
+    without = trainer(tmp_path, length_reward="linear", gate_fraction=0.0)
+    without.model.train()
+    assert strengths(without, [90]) == [(0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("arora", None, "length_reward: no 'arora'"),
+        ("l1_exact", None, "length_reward_options: l1_exact: .*'target'"),
+        ("gr3", {"beta": 1}, "length_reward_options.beta: gr3 has alpha"),
+        ("gr3", {"alpha": "much"}, "length_reward_options.alpha: must be a number, got 'much'"),
+        ("sigmoid", {"alpha": 2}, "length_reward_options: sigmoid: alpha: must lie in"),
+        ("group_gated", {"alpha": 0.1}, "length_reward_options: group_gated has none"),
+        ("gr3", 3, "length_reward_options: must be a mapping, got 3"),
+    ],
+)
+def test_a_peer_that_is_not_one(tmp_path, name, options, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        arguments(GRPOLambdaConfig, tmp_path, length_reward=name, length_reward_options=options)
 
 
 def test_what_it_logs(shaped):
@@ -364,3 +408,12 @@ def test_two_ranks_choose_the_gate_that_one_would(tmp_path):
         expected = group_gated(correct, lengths, finished, gate_fraction=0.34)
         torch.testing.assert_close(torch.tensor(rewards).view(-1, 4), expected)
     assert reports[0]["log"] == reports[1]["log"]
+
+
+def test_arguments_are_ours(tmp_path):
+    policy = load_model("tiny", "cpu")
+    with pytest.raises(UserError, match="args: must be a GRPOLambdaConfig, got a GRPOConfig"):
+        GRPOLambdaTrainer(policy.model, verdicts, arguments(GRPOConfig, tmp_path), data())
+    if not torch.cuda.is_available():  # the default ones want a GPU, as TRL's own do
+        with pytest.raises(UserError, match="use_cpu"):
+            GRPOLambdaTrainer(policy.model, verdicts, train_dataset=data(), processing_class=policy.tokenizer)
