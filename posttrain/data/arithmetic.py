@@ -15,6 +15,7 @@ A problem belongs to one split for ever, by a hash of its text: splits never ove
 
 import hashlib
 import random
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,6 +37,13 @@ class Problem:
 
     operands: tuple[int, ...]
     operators: str
+
+    @classmethod
+    def parse(cls, text: str) -> "Problem":
+        """The problem that `text` is the text of. Errors: ValueError for a text that is none's."""
+        if not re.fullmatch(r"[0-9]{2}([+-][0-9]{2})+=\?", text):
+            raise ValueError(f"text: no problem of this task: {text!r}")
+        return cls(tuple(map(int, re.findall("[0-9]+", text))), "".join(re.findall("[+-]", text)))
 
     @property
     def level(self) -> int:

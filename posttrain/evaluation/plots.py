@@ -150,7 +150,7 @@ def step_curves(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], lab
 def token_plane(arms: Mapping[str, Arm]) -> str:
     """Accuracy with its interval against the tokens that one answer costs, a point for every arm."""
     styles = [(filled, line) for filled in (False, True) for line in LINES]  # the second time round, markers are filled
-    with _figure("plane", height=5.0) as (axes, svg):
+    with _figure("plane", height=5.4) as (axes, svg):
         for arm, (filled, line) in zip(arms.values(), cycle(styles), strict=False):
             face = line["color"] if filled else "none"
             axes.plot(
@@ -161,8 +161,8 @@ def token_plane(arms: Mapping[str, Arm]) -> str:
         axes.xaxis.set_major_formatter("{x:.0f}")
         axes.set_xlabel("completion tokens per answer")
         axes.set_ylabel("accuracy")
-        axes.set_ylim(0, 1.02)
-        axes.legend(frameon=False, labelcolor=INK, loc="upper center", bbox_to_anchor=(0.45, -0.16), ncols=2)
+        axes.set_ylim(top=1.02)
+        axes.figure.legend(frameon=False, labelcolor=INK, fontsize=9, loc="outside lower center", ncols=2)
     return svg[0]
 
 

@@ -68,6 +68,17 @@ def test_the_shortest_correct_chain_is_correct():
         assert chain in (problem.chain(True), problem.chain(False))
 
 
+def test_a_problem_is_read_back_from_its_text():
+    drawn = problems(200, "train", levels=LEVELS)
+    assert [Problem.parse(problem.text) for problem in drawn] == drawn
+
+
+@pytest.mark.parametrize("text", ["", "23=?", "23+48", "23*48=?", "3+48=?", "23+48=? ", "23+48=?\n"])
+def test_what_is_no_problem_is_not_read(text):
+    with pytest.raises(ValueError, match="^text: no problem"):
+        Problem.parse(text)
+
+
 def test_rows_are_what_every_data_set_gives():
     row = rows(1, "test")[0]
     assert set(row) == {"id", "problem", "answer", "level"} and isinstance(row["answer"], str)
