@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     dqo.publish(
         result,
         f"DQO: {config.model} on {config.data}",
-        f"Trained offline on {config.train_samples} completions of each of {config.train_prompts} prompts.",
+        f"Trained offline on {dqo.per_prompt(config)} completions of each of {config.train_prompts} prompts.",
     )
     print_arms(result.arms.values())
     print(f"report: {config.out}/report.html\npolicy: {config.out}/policy")

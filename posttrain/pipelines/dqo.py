@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,6 +105,10 @@ class DQORunConfig:
     train_split: str = field(default="train", metadata={"help": "where the training prompts come from"})
     train_prompts: int = field(default=300, metadata={"help": "how many of them"})
     train_samples: int = field(default=8, metadata={"help": "completions per training prompt"})
+    least_train_samples: int | None = field(
+        default=None,
+        metadata={"help": "as few on some prompts, drawn evenly up to train_samples; default: as many of each"},
+    )
     test_split: str = field(default="test", metadata={"help": "where the policy is measured"})
     test_prompts: int = field(default=500, metadata={"help": "how many of its prompts"})
     test_samples: int = field(default=4, metadata={"help": "completions per test prompt"})
@@ -124,6 +128,10 @@ class DQORunConfig:
         for name in ("train_prompts", "train_samples", "test_prompts", "test_samples"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        if self.least_train_samples is not None and not 1 <= self.least_train_samples <= self.train_samples:
+            raise UserError(
+                f"least_train_samples: must be between 1 and train_samples ({self.train_samples}), got {self.least_train_samples}"
+            )
         if self.train_split == self.test_split:
             raise UserError(f"test_split: {self.test_split} is the training split too; measure on another one")
 
@@ -160,12 +168,15 @@ def run(config: DQORunConfig, say: Callable[[str], None] = print) -> DQORun | No
             "finished is kept"
         )
     out = Path(config.out)
-    train_plan = _plan(config, config.train_split, config.train_prompts, config.train_samples)
+    train_plan = replace(
+        _plan(config, config.train_split, config.train_prompts, config.train_samples),
+        least_samples=config.least_train_samples,
+    )
     test_plan = _plan(config, config.test_split, config.test_prompts, config.test_samples)
     train_rows, test_rows = train_plan.rows(), test_plan.rows()
     check_overlap(train_rows, test_rows)
     policy = load_model(config.model, ranks.device, "float32") if ranks.first else load_tokenizer(config.model)
-    say(f"{config.train_split}: {config.train_samples} completions of each of {len(train_rows)} prompts")
+    say(f"{config.train_split}: {per_prompt(config)} completions of each of {len(train_rows)} prompts")
     ranks.alone(lambda: rollout(policy, train_plan, train_rows, out / "train", resume=True, say=say))
     table = read_table(out / "train")
     with reserved(out / "policy") if ranks.first else nullcontext():
@@ -323,6 +334,12 @@ def publish(result: DQORun, title: str, lead: str) -> None:
 
 def title(config: DQOTraining) -> str:
     return f"DQO, beta {config.beta:g}"
+
+
+def per_prompt(config: DQORunConfig) -> str:
+    """How many completions a training prompt has."""
+    least, most = config.least_train_samples, config.train_samples
+    return f"{least} to {most}" if least not in (None, most) else str(most)
 
 
 def _plan(config: DQORunConfig, split: str, limit: int, samples: int) -> RolloutConfig:

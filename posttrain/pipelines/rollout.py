@@ -25,7 +25,10 @@ from posttrain.rollouts.transformers import TransformersEngine
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """Which prompts, how many samples of each, and how they are sampled; `sampling.seed` draws generated problems too."""
+    """Which prompts, how many samples of each, and how they are sampled; `sampling.seed` draws generated problems too.
+
+    least_samples: a prompt has as few as that, drawn evenly from there to `samples`; None: as many of each.
+    """
 
     data: str
     split: str = "test"
@@ -36,6 +39,7 @@ class RolloutConfig:
     slots: int = 64
     shard_prompts: int | None = None
     beta: float | None = None
+    least_samples: int | None = None
 
     def __post_init__(self) -> None:
         if self.beta is not None and not LEAST_BETA <= self.beta < math.inf:
@@ -90,6 +94,7 @@ def rollout(
         policy.tokenizer,
         prompts,
         samples=config.samples,
+        least_samples=config.least_samples,
         sampling=config.sampling,
         out=out,
         policy=policy.name,

@@ -71,6 +71,7 @@ def collect(
     prompts: Sequence[Prompt],
     *,
     samples: int,
+    least_samples: int | None = None,
     sampling: Sampling,
     out: str | Path,
     policy: str,
@@ -85,6 +86,7 @@ def collect(
 ) -> RolloutTable:
     """`samples` completions of every prompt, as a rollout table in the folder `out`; sampling.seed is the run's seed.
 
+    least_samples: a prompt has as few as that, up to `samples`: its number is drawn, as likely one as another, by the run's seed.
     policy: the model's name; settings: whatever else decides the rows (slots, dtype, threads, ...). All of it goes into
     the manifest, and a resumed collection must agree with it. shard_prompts: prompts per shard, by default as many as
     give 256 completions. grader: called with `completions` and `golds`.
@@ -92,11 +94,13 @@ def collect(
     beta: the KL coefficient of the engine's guide, and guide: its name; None: no guidance. prefixes: what was rolled in
     already, by prompt id and sample: the engine goes on from there, and `max_tokens` counts both.
 
-    Errors, all before any generation: UserError naming `samples`, `shard_prompts`, `prompt`, `max_tokens`, `data` or
+    Errors, all before any generation: UserError naming `samples`, `least_samples`, `shard_prompts`, `prompt`, `max_tokens`, `data` or
     `out`, or, on resume, the setting that differs from the interrupted run's.
     """
     if samples < 1:
         raise UserError(f"samples: must be at least 1, got {samples}")
+    if least_samples is not None and not 1 <= least_samples <= samples:
+        raise UserError(f"least_samples: must be between 1 and the {samples} samples, got {least_samples}")
     if shard_prompts is None:
         shard_prompts = -(-SHARD_COMPLETIONS // samples)
     if shard_prompts < 1:
@@ -116,6 +120,7 @@ def collect(
             "data": hash_json([[prompt.id, prompt.ids, prompt.answer] for prompt in prompts]),
             "prompts": len(prompts),
             "samples": samples,
+            **({} if least_samples is None else {"least_samples": least_samples}),
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
@@ -136,14 +141,16 @@ def collect(
     with reserved(out):
         manifest = _opened(out, manifest, resume)
         finished = manifest["shards"]
-        with _Progress(len(prompts) * samples, progress) as bar:
+        counts = [_count(prompt, least_samples or samples, samples, sampling.seed) for prompt in prompts]
+        with _Progress(sum(counts), progress) as bar:
             for index in range(manifest["expected_shards"]):
                 if shard_name(index) in finished:
                     bar.skip(finished[shard_name(index)]["rows"])
                     continue
                 start = time.perf_counter()
                 first = index * shard_prompts
-                jobs = _jobs(prompts[first : first + shard_prompts], first, samples, sampling, beta, prefixes or {})
+                shard = slice(first, first + shard_prompts)
+                jobs = _jobs(prompts[shard], first, counts[shard], sampling, beta, prefixes or {})
                 completions = _sample(engine, jobs, bar)
                 texts = [completion_text(tokenizer, completion) for completion in completions]
                 grades = grader(completions=texts, golds=[job.prompt.answer for job in jobs])
@@ -262,18 +269,23 @@ class _Job:
     request: Request | None
 
 
+def _count(prompt: Prompt, least: int, most: int, seed: int) -> int:
+    """How many completions a prompt has; the seed is none of theirs."""
+    return least + completion_seed(seed, prompt.id, most) % (most - least + 1)
+
+
 def _jobs(
     prompts: Sequence[Prompt],
     first: int,
-    samples: int,
+    counts: Sequence[int],
     sampling: Sampling,
     beta: float | None,
     prefixes: Mapping[tuple[str, int], Prefix],
 ) -> list[_Job]:
     """In order of prompt, then sample."""
     jobs: list[_Job] = []
-    for group, prompt in enumerate(prompts, first):
-        for k in range(samples):
+    for group, (prompt, count) in enumerate(zip(prompts, counts, strict=True), first):
+        for k in range(count):
             own = replace(sampling, seed=completion_seed(sampling.seed, prompt.id, k))
             prefix = prefixes.get((prompt.id, k), NO_PREFIX)
             request = None

@@ -74,6 +74,17 @@ def test_a_policy_of_other_settings_is_not_overwritten(finished):
         run(other, say=lambda _: None)
 
 
+def test_prompts_may_be_covered_unevenly(tmp_path):
+    recipe = build(DQORunConfig, read_yaml("recipes/dqo/low_coverage.yaml"))
+    assert (recipe.least_train_samples, recipe.train_samples, dqo.per_prompt(recipe)) == (1, 2, "1 to 2")
+    sizes = {"train_prompts": 12, "test_prompts": 2, "test_samples": 1, "baselines": ()}
+    result = run(replace(recipe, out=str(tmp_path), **sizes), say=lambda _: None)
+    counts = [len(samples) for samples in read_table(tmp_path / "train").by_prompt("sample")]
+    assert set(counts) == {1, 2} and result.training["completions"] == sum(counts)
+    with pytest.raises(UserError, match=r"least_train_samples: must be between 1 and train_samples \(2\), got 3"):
+        replace(recipe, least_train_samples=3)
+
+
 def test_the_recipe_is_one(tmp_path):
     config = build(DQORunConfig, read_yaml("recipes/dqo/arithmetic.yaml"))
     assert config == replace(DQORunConfig(out="runs/dqo/arithmetic"), training=DQOTraining())

@@ -30,6 +30,18 @@ def test_rows_are_in_order_of_prompt_then_sample(engine, tokenizer, prompts, tmp
     assert set(shards_of(tmp_path / "t")) == {shard_name(i) for i in range(4)}
 
 
+def test_prompts_may_have_different_numbers_of_completions(engine, tokenizer, prompts, tmp_path):
+    """Drawn by seed and prompt; a completion is what it is where every prompt has as many."""
+    whole = collect(engine, tokenizer, prompts, out=tmp_path / "whole", **SETTINGS)
+    some = collect(engine, tokenizer, prompts, out=tmp_path / "some", least_samples=1, **SETTINGS)
+    counts = [len(samples) for samples in some.by_prompt("sample")]
+    assert len(counts) == 7 and set(counts) == {1, 2, 3}
+    ids = {(row["prompt_id"], row["sample"]): row["completion_ids"] for row in whole.rows()}
+    assert all(ids[row["prompt_id"], row["sample"]] == row["completion_ids"] for row in some.rows())
+    with pytest.raises(UserError, match=r"least_samples: .* was collected with least_samples 1, not 2"):
+        collect(engine, tokenizer, prompts, out=tmp_path / "some", least_samples=2, resume=True, **SETTINGS)
+
+
 def test_a_row_says_all_that_its_completion_is(engine, tokenizer, prompts, tmp_path):
     row = next(collect(engine, tokenizer, prompts, out=tmp_path / "t", **SETTINGS).rows())
     seed = completion_seed(5, "p0", 0)
