@@ -1,7 +1,7 @@
 """Tables for people, shared by the commands."""
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -21,18 +21,26 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     Console(width=width, markup=False, emoji=False).print(table)  # a cell is text, whoever wrote it
 
 
+def percent_range(low: float, high: float) -> str:
+    return f"{100 * low:.1f} - {100 * high:.1f}"
+
+
+def points(paired: Mapping[str, Any]) -> tuple[str, str]:
+    """Of a paired comparison's `difference`, `low` and `high`: percentage points, and their interval."""
+    return f"{100 * paired['difference']:+.2f}", f"{100 * paired['low']:+.2f} to {100 * paired['high']:+.2f}"
+
+
 def print_arms(arms: Iterable["Arm"]) -> None:
     """Accuracy in percent with its 95 % interval, cost in tokens and seconds, and what else is known of any of them."""
     arms = list(arms)
     measured = [name for name in MEASURES if any(name in arm.measures for arm in arms)]
     rows = []
     for arm in arms:
-        low, high = arm.interval
         rows.append(
             (
                 arm.title,
                 f"{100 * arm.accuracy:.1f} %",
-                f"{100 * low:.1f} - {100 * high:.1f}",
+                percent_range(*arm.interval),
                 f"{arm.tokens:.0f}",
                 f"{arm.seconds:.1f}",
                 *(MEASURES[name][1](arm.measures[name]) if name in arm.measures else "" for name in measured),

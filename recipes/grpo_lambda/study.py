@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from posttrain.cli.tables import print_table
+from posttrain.cli.tables import percent_range, points, print_table
 from posttrain.config import build, read_yaml
 from posttrain.evaluation.intervals import mean_interval, paired_comparison
 from posttrain.evaluation.removable import Removable, removable, removed
@@ -98,18 +98,11 @@ def figures(arms: Mapping[str, Result]) -> dict[str, dict[str, Any]]:
 
 
 def _cells(seed: str, arm: str, row: Mapping[str, Any]) -> list[str]:
-    def points(low: float, high: float) -> str:
-        return f"{100 * low:.1f} - {100 * high:.1f}"
-
-    cells = [seed, arm, f"{100 * row['accuracy']:.1f} %", points(*row["interval"])]
+    cells = [seed, arm, f"{100 * row['accuracy']:.1f} %", percent_range(*row["interval"])]
     cells += [f"{row[name]:.1f}" for name in ("tokens", "right_tokens", "removable")]
     gone, against = row.get("removed"), row.get("difference")
-    cells += [f"{100 * gone['share']:.1f} %", points(gone["low"], gone["high"])] if gone else ["", ""]
-    cells += (
-        [f"{100 * against['difference']:+.2f}", f"{100 * against['low']:+.2f} to {100 * against['high']:+.2f}"]
-        if against
-        else ["", ""]
-    )
+    cells += [f"{100 * gone['share']:.1f} %", percent_range(gone["low"], gone["high"])] if gone else ["", ""]
+    cells += points(against) if against else ("", "")
     return cells
 
 
