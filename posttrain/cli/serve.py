@@ -1,6 +1,6 @@
 """serve a model over HTTP, with guidance and re-ranking, to OpenAI's clients
 
-    posttrain serve --model tiny --guide runs/demo/value --probe runs/demo/probe
+    posttrain serve --model tiny --guide runs/demo/qsharp/round-2/value --probe runs/demo/qprobe/probe
 
 SIGTERM ends it gracefully: what has begun is finished. Extra fields of a request: `guidance: {beta, top_k, guide,
 explain}` and `rerank: {k, beta, probe}`, or `guide` instead of `probe` for best-of by a guide's value model.

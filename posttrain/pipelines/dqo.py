@@ -157,9 +157,12 @@ class DQORun:
         }
 
 
-def run(config: DQORunConfig, say: Callable[[str], None] = print) -> DQORun | None:
-    """What the first process measured; None in the others. Errors: UserError naming the field, before anything is sampled
-    where that is possible."""
+def run(config: DQORunConfig, say: Callable[[str], None] = print, tables_in: Path | None = None) -> DQORun | None:
+    """What the first process measured; None in the others.
+
+    tables_in: the folder of `train`, and of a `test` that may have more completions of each prompt; default: the run's own.
+    Errors: UserError naming the field, before anything is sampled where that is possible.
+    """
     ranks = Ranks(config.device)
     say = say if ranks.first else _silent
     if config.baselines and ranks.count > 1:
@@ -177,8 +180,9 @@ def run(config: DQORunConfig, say: Callable[[str], None] = print) -> DQORun | No
     check_overlap(train_rows, test_rows)
     policy = load_model(config.model, ranks.device, "float32") if ranks.first else load_tokenizer(config.model)
     say(f"{config.train_split}: {per_prompt(config)} completions of each of {len(train_rows)} prompts")
-    ranks.alone(lambda: rollout(policy, train_plan, train_rows, out / "train", resume=True, say=say))
-    table = read_table(out / "train")
+    collected = (tables_in or out) / "train"
+    ranks.alone(lambda: rollout(policy, train_plan, train_rows, collected, resume=True, say=say))
+    table = read_table(collected)
     with reserved(out / "policy") if ranks.first else nullcontext():
         made = train(policy, table, config.training, out / "policy", config.seed, say, ranks)
 
@@ -186,7 +190,11 @@ def run(config: DQORunConfig, say: Callable[[str], None] = print) -> DQORun | No
         say(
             f"{config.test_split}: {config.test_samples} completions of each of {len(test_rows)} prompts, before and after"
         )
-        test = rollout(policy, test_plan, test_rows, out / "test", resume=True, say=_silent)
+        test = (
+            read_table(tables_in / "test")
+            if tables_in
+            else rollout(policy, test_plan, test_rows, out / "test", resume=True, say=_silent)
+        )
         lengths = [[len(ids) for ids in row] for row in test.rectangle("completion_ids")]
         arms = sampled_arms(test.rectangle("correct"), test.rectangle("extracted"), lengths, test.manifest["seconds"])
         learned = table.manifest["seconds"] + made["seconds"]
@@ -324,12 +332,16 @@ def publish(result: DQORun, title: str, lead: str) -> None:
         title=title,
         lead=lead,
         arms=result.arms,
-        figures=[Figure(length_histogram(lengths_by_verdict(result.trained)), "Completion lengths by verdict, after.")],
+        figures=figures(result),
         table=result.trained,
         scores=None,
         definitions=("pass@1", "maj@k", "pass@k", "tokens", "seconds", "interval"),
         manifest=result.manifest,
     )
+
+
+def figures(result: DQORun) -> list[Figure]:
+    return [Figure(length_histogram(lengths_by_verdict(result.trained)), "Completion lengths by verdict, after.")]
 
 
 def title(config: DQOTraining) -> str:

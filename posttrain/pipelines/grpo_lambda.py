@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +35,7 @@ from posttrain.pipelines.value_training import last_checkpoint
 from posttrain.provenance import hash_json, plain, versions, write_json
 from posttrain.rewards.math import grade
 from posttrain.rollouts.engine import Sampling
-from posttrain.rollouts.table import RolloutTable
+from posttrain.rollouts.table import RolloutTable, read_table
 
 MADE_BY = "made_by.json"
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> title, what differs from the training's settings
@@ -169,8 +169,13 @@ def correctness(completions: Sequence[Any], answer: Sequence[str], **_: Any) -> 
     return [float(found.correct) for found in grade(completions=texts, golds=list(answer))]
 
 
-def run(config: GRPOLambdaRunConfig, say: Callable[[str], None] = print) -> GRPOLambdaRun:
-    """Errors: UserError naming the field, before anything is sampled where that is possible."""
+def run(
+    config: GRPOLambdaRunConfig, say: Callable[[str], None] = print, tables_in: Path | None = None
+) -> GRPOLambdaRun:
+    """tables_in: the folder of a `test` that may have more completions of each prompt; default: the run's own.
+
+    Errors: UserError naming the field, before anything is sampled where that is possible.
+    """
     out = Path(config.out)
     rows = training_rows(config)
     held_out = (
@@ -183,9 +188,13 @@ def run(config: GRPOLambdaRunConfig, say: Callable[[str], None] = print) -> GRPO
     for name in config.arms:
         arguments(config, name, out, policy.model.device.type == "cpu")  # refused now, not after a minute of sampling
     say(f"{config.test_split}: {config.test_samples} completions of each of {len(test_rows)} prompts")
-    tables = {"base": rollout(policy, plan, test_rows, out / "test", resume=True, say=say)}
-    lengths = [[len(ids) for ids in row] for row in tables["base"].rectangle("completion_ids")]
+    tables = {
+        "base": read_table(tables_in / "test")
+        if tables_in
+        else rollout(policy, plan, test_rows, out / "test", resume=True, say=say)
+    }
     base = tables["base"]
+    lengths = [[len(ids) for ids in row] for row in base.rectangle("completion_ids")]
     arms = sampled_arms(base.rectangle("correct"), base.rectangle("extracted"), lengths, base.manifest["seconds"])
     training: dict[str, dict[str, Any]] = {}
     for name in config.arms:
@@ -289,16 +298,15 @@ def publish(result: GRPOLambdaRun, title: str, lead: str) -> None:
     summary = {name: arm.summary() for name, arm in result.arms.items()}
     write_json(out / "summary.json", {"arms": summary, "comparisons": comparisons(result), "manifest": result.manifest})
     last = result.tables[result.config.arms[-1]]
-    figures = [
-        *training_figures({ARMS[name][0]: made for name, made in result.training.items()}),
-        Figure(length_histogram(lengths_by_verdict(last)), "Test completion lengths by verdict, after."),
-    ]
     write_report(
         out / "report.html",
         title=title,
         lead=lead,
         arms=result.arms,
-        figures=figures,
+        figures=[
+            *figures(result),
+            Figure(length_histogram(lengths_by_verdict(last)), "Test completion lengths by verdict, after."),
+        ],
         table=last,
         scores=None,
         definitions=("pass@1", "maj@k", "pass@k", "tokens", "seconds", "interval"),
@@ -306,9 +314,9 @@ def publish(result: GRPOLambdaRun, title: str, lead: str) -> None:
     )
 
 
-def training_figures(training: Mapping[str, Mapping[str, Any]]) -> list[Figure]:
-    """Accuracy and mean length against the step: title -> what `train` returned."""
-    logs = {title: made["log"] for title, made in training.items()}
+def figures(result: GRPOLambdaRun) -> list[Figure]:
+    """Accuracy and mean length of training's completions against the step."""
+    logs = {ARMS[name][0]: made["log"] for name, made in result.training.items()}
     return [
         Figure(step_curves(_curves(logs, "accuracy"), "accuracy"), "Accuracy of training's completions, by step."),
         Figure(step_curves(_curves(logs, "completions/mean_length"), "tokens"), "Their mean length, by step."),

@@ -21,6 +21,7 @@ from posttrain.evaluation.report import Figure, write_report
 from posttrain.models.features import FeatureSpec, Pooling, all_specs, cached_features
 from posttrain.models.load import Policy, end_ids, load_model
 from posttrain.models.probe import Probe
+from posttrain.pipelines.ranks import one_process
 from posttrain.pipelines.rollout import RolloutConfig, check_overlap, lengths_by_verdict, rollout
 from posttrain.provenance import plain, versions, write_json
 from posttrain.rollouts.collect import check_folder
@@ -96,9 +97,13 @@ class QProbeRun:
         }
 
 
-def run(config: QProbeConfig, say: Callable[[str], None] = print) -> QProbeRun:
-    """Errors: UserError naming the field, before anything is sampled where that is possible."""
-    out = Path(config.out)
+def run(config: QProbeConfig, say: Callable[[str], None] = print, tables_in: Path | None = None) -> QProbeRun:
+    """tables_in: the folder of `train` and `test`; default: the run's own.
+
+    Errors: UserError naming the field, before anything is sampled where that is possible.
+    """
+    one_process("the probe is fitted in seconds; start it without a launcher")
+    out, tables_in = Path(config.out), tables_in or Path(config.out)
     plans = {
         "train": config.plan(config.train_split, config.train_prompts, config.train_samples),
         "test": config.plan(config.test_split, config.test_prompts, config.k),
@@ -106,13 +111,13 @@ def run(config: QProbeConfig, say: Callable[[str], None] = print) -> QProbeRun:
     rows = {part: plan.rows() for part, plan in plans.items()}
     check_overlap(rows["train"], rows["test"])
     for part in plans:
-        check_folder(out / part, resume=True)
+        check_folder(tables_in / part, resume=True)
     policy = load_model(config.model, config.device, config.dtype)
     all_specs(policy.model, config.layers, config.poolings)  # before hours of sampling
     tables = {}
     for part, plan in plans.items():
         say(f"{plan.split}: {plan.samples} samples of each of {len(rows[part])} prompts")
-        tables[part] = rollout(policy, plan, rows[part], out / part, resume=True, say=say)
+        tables[part] = rollout(policy, plan, rows[part], tables_in / part, resume=True, say=say)
     train, test = tables["train"], tables["test"]
     started = time.perf_counter()
     fitted, train_scores = fit(policy, train, config, out / "features")

@@ -135,15 +135,20 @@ class QSharpRun:
 
 
 def run(
-    config: QSharpConfig, stage: Stage | None = None, number: int | None = None, say: Callable[[str], None] = print
+    config: QSharpConfig,
+    stage: Stage | None = None,
+    number: int | None = None,
+    say: Callable[[str], None] = print,
+    tables_in: Path | None = None,
 ) -> QSharpRun | None:
     """All stages, or one of them; of all rounds, or of round `number`. None where nothing was evaluated.
 
+    tables_in: the folder of `train` and `test`; default: the run's own.
     Errors: UserError naming the field, before anything is sampled where that is possible.
     """
     if number is not None and not 1 <= number <= config.rounds:
         raise UserError(f"round: must be between 1 and the configuration's rounds, {config.rounds}, got {number}")
-    work = Work(config, say)
+    work = Work(config, say, tables_in)
     for each in range(1, config.rounds + 1) if number is None else (number,):
         if stage in (None, "collect"):
             work.collect(each)
@@ -155,8 +160,9 @@ def run(
 class Work:
     """The stages, on what lies in the run's folder."""
 
-    def __init__(self, config: QSharpConfig, say: Callable[[str], None] = print) -> None:
+    def __init__(self, config: QSharpConfig, say: Callable[[str], None] = print, tables_in: Path | None = None) -> None:
         self.config, self.say, self.out = config, say, Path(config.out)
+        self.tables_in = tables_in or self.out
         self.train_plan = self._plan(config.data, config.train_split, config.train_prompts, config.train_samples)
         test_data = config.test_data or config.data
         self.test_plan = self._plan(test_data, config.test_split, config.test_prompts, config.k)
@@ -181,7 +187,7 @@ class Work:
 
     def _completions(self, number: int) -> Path:
         """The table that a round's labels come from."""
-        return self.out / "train" if number == 1 else self.out / f"round-{number}" / "rollouts"
+        return self.tables_in / "train" if number == 1 else self.out / f"round-{number}" / "rollouts"
 
     def collect(self, number: int) -> None:
         """A round's completions, labelled by how pi_ref ends them."""
@@ -251,15 +257,15 @@ class Work:
         for number in range(1, config.rounds + 1):
             self.guide(number)  # refused before anything is sampled
         trainings = [self.train(number) for number in range(1, config.rounds + 1)]  # made already, by these settings
-        if not is_finished(self.out / "test"):
+        if not is_finished(self.tables_in / "test"):
             self.say(f"test: {config.k} completions of each of {len(self.test_rows)} prompts")
         self.say(f"test: {config.guided_samples} guided completions of each prompt, and what they are compared with")
-        test = rollout(self.policy, self.test_plan, self.test_rows, self.out / "test", resume=True, say=_silent)
+        test = rollout(self.policy, self.test_plan, self.test_rows, self.tables_in / "test", resume=True, say=_silent)
         correct, answers = test.rectangle("correct"), test.rectangle("extracted")
         lengths = [[len(ids) for ids in row] for row in test.rectangle("completion_ids")]
         sampled = test.manifest["seconds"]
         arms = sampled_arms(correct, answers, lengths, sampled)
-        learned, guided, points = read_table(self.out / "train").manifest["seconds"], test, []
+        learned, guided, points = read_table(self.tables_in / "train").manifest["seconds"], test, []
         for number, training in enumerate(trainings, 1):
             if number > 1:
                 parts = [read_table(self.out / f"round-{number}" / part) for part in ("rollin", "rollouts")]

@@ -24,6 +24,12 @@ def rank() -> int:
     return int(os.environ["RANK"]) if os.environ.keys() >= LAUNCHED else 0
 
 
+def one_process(why: str) -> None:
+    """Errors: UserError naming `launch` where a launcher started several."""
+    if os.environ.keys() >= LAUNCHED and int(os.environ["WORLD_SIZE"]) > 1:
+        raise UserError(f"launch: this runs in one process: {why}")
+
+
 class Ranks:
     """The processes of this command, joined as accelerate joins them. device: as configured.
 

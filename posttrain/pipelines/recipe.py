@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain.config import build, read_yaml
+from posttrain.config import build, read_yaml, within
 from posttrain.data.load import check_data
 from posttrain.errors import UserError, nearest
 from posttrain.models.architecture import Architecture, architecture
 from posttrain.models.memory import Launch
 from posttrain.pipelines.dqo import DQORunConfig
 from posttrain.pipelines.grpo_lambda import GRPOLambdaRunConfig, arguments
+from posttrain.pipelines.pipeline import PipelineConfig, stages_of
 from posttrain.pipelines.qprobe import QProbeConfig
 from posttrain.pipelines.qsharp import QSharpConfig
 from posttrain.pipelines.rollout import RolloutConfig
@@ -24,8 +25,9 @@ CONFIGS: dict[str, type] = {
     "qsharp": QSharpConfig,
     "dqo": DQORunConfig,
     "grpo-lambda": GRPOLambdaRunConfig,
+    "pipeline": PipelineConfig,
 }
-COMMAND = re.compile(r"\bposttrain ([\w-]+) --config \S+")
+COMMAND = re.compile(r"\bposttrain ([\w-]+)(?: --config|(?<=pipeline)) \S+")
 LAUNCHER = re.compile(r"--config_file (\S+)")
 
 
@@ -121,7 +123,11 @@ def validate(recipe: Recipe) -> None:
 
     Errors: UserError naming the field.
     """
-    config, launch = recipe.config, launch_of(recipe)
+    check(recipe.command, recipe.config, launch_of(recipe))
+
+
+def check(command: str, config: Any, launch: Launch = Launch()) -> None:  # noqa: B008
+    """As `validate`, of a configuration alone."""
     for data in {config.data, getattr(config, "test_data", None) or config.data}:
         check_data(data)
     sampling = Sampling(
@@ -135,13 +141,17 @@ def validate(recipe: Recipe) -> None:
         )  # fmt: skip
     model = architecture(config.model)
     _check_lengths("max_tokens", config.max_tokens, model)
-    if recipe.command == "qprobe":
+    if command == "pipeline":
+        for i, stage in enumerate(stages_of(config)):
+            with within(f"stages[{i}]."):
+                check(stage.method, stage.config)
+    if command == "qprobe":
         _check_layers("layers", max(config.layers, default=0), model)
-    if recipe.command == "qsharp":
+    if command == "qsharp":
         _check_layers("value.layers", config.value.layers or 0, value_base(config))
-    if recipe.command == "dqo":
+    if command == "dqo":
         _check_layers("training.value_layers", config.training.value_layers or 0, model)
-    if recipe.command == "grpo-lambda":
+    if command == "grpo-lambda":
         _check_lengths("training.max_tokens", config.training.max_tokens, model)
         for arm in config.arms:
             arguments(config, arm, Path(config.out), cpu=True)

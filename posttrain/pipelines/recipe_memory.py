@@ -9,6 +9,7 @@ from posttrain.errors import UserError
 from posttrain.models import memory
 from posttrain.models.architecture import Architecture, architecture
 from posttrain.models.memory import BFLOAT16, FLOAT32, Batch, Launch, Precision, Trained
+from posttrain.pipelines.pipeline import stages_of
 from posttrain.pipelines.recipe import Recipe, launch_of, value_base
 from posttrain.rollouts.transformers import PREFILL_TOKENS
 
@@ -320,6 +321,12 @@ def _qprobe(config: Any, launch: Launch, machine: Machine) -> Stages:
     }
 
 
+def _pipeline(config: Any, launch: Launch, machine: Machine) -> Stages:
+    """Of every stage its largest part; one runs after the other."""
+    stages = {stage.name: STAGES[stage.method](stage.config, launch, machine) for stage in stages_of(config)}
+    return {name: max(parts.values(), key=lambda part: sum(part.values())) for name, parts in stages.items()}
+
+
 def _width(config: Any, machine: Machine) -> int:
     """Bytes of the policy's weights, of a command that has a dtype."""
     return BFLOAT16 if (config.dtype or ("bfloat16" if machine.gpus else "float32")) == "bfloat16" else FLOAT32
@@ -337,4 +344,5 @@ STAGES: dict[str, Callable[[Any, Launch, Machine], Stages]] = {
     "grpo-lambda": _grpo_lambda,
     "qsharp": _qsharp,
     "qprobe": _qprobe,
+    "pipeline": _pipeline,
 }

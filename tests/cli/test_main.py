@@ -33,8 +33,11 @@ def test_every_command_explains_itself(name, capsys):
         (["rolout"], "command: no command 'rolout' (did you mean rollout?)"),
         (["rollout"], "the following arguments are required"),
         (["rollout", "--samples", "many"], "--samples: invalid int value: 'many'"),
-        (["demo", "--sed", "1"], "--sed: no such option (did you mean --seed?); see posttrain demo --help"),
-        (["demo", "--sed=1"], "--sed: no such option (did you mean --seed?)"),
+        (
+            ["pipeline", "x", "--sed", "1"],
+            "--sed: no such option (did you mean --seed?); see posttrain pipeline --help",
+        ),
+        (["pipeline", "x", "--sed=1"], "--sed: no such option (did you mean --seed?)"),
         (["rollout", "--modle", "tiny"], "--modle: no such option (did you mean --model?)"),
         (["eval", "gsm8k", "--max-token", "9"], "--max-token: no such option (did you mean --max-tokens?)"),
         (["grade", "1", "2", "--zzz"], "--zzz: no such option; see"),

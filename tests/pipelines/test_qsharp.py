@@ -16,8 +16,9 @@ from posttrain.config import build, read_yaml
 from posttrain.errors import UserError
 from posttrain.evaluation.metrics import paired_comparison
 from posttrain.pipelines import qsharp
-from posttrain.pipelines.demo import VALUE
+from posttrain.pipelines.pipeline import stages_of
 from posttrain.pipelines.qsharp import QSharpConfig, Work, run
+from posttrain.pipelines.recipe import read
 from posttrain.pipelines.value_training import ValueTraining, last_checkpoint
 from posttrain.rollouts.table import read_table
 
@@ -190,7 +191,8 @@ def test_other_test_data(tmp_path):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_guidance_raises_accuracy_and_cd_does_not_do_more_with_its_kl(tmp_path, seed):
     """500 test problems, two samples each at temperature 1, the recipe of the demo (`pytest -s` prints the tables)."""
-    config = QSharpConfig(out=str(tmp_path / "run"), seed=seed, guided_samples=2, shard_prompts=100, value=VALUE)
+    (value,) = (each.config.value for each in stages_of(read("pipeline/demo").config) if each.method == "qsharp")
+    config = QSharpConfig(out=str(tmp_path / "run"), seed=seed, guided_samples=2, shard_prompts=100, value=value)
     work = Work(config, say=lambda _: None)
     result = run(config, say=lambda _: None)
     print_arms(result.arms.values())
@@ -201,7 +203,7 @@ def test_guidance_raises_accuracy_and_cd_does_not_do_more_with_its_kl(tmp_path, 
         difference = paired_comparison(better.per_problem, worse.per_problem)
         assert difference.low > -0.02, f"{better.title} - {worse.title}: {difference}"
     assert cd.measures["kl"] == pytest.approx(two.measures["kl"], rel=0.15)
-    value = work.guide(2).value
+    learned = work.guide(2).value
     policy = work.policy.model
-    assert sum(p.numel() for p in value.parameters()) <= sum(p.numel() for p in policy.parameters())
+    assert sum(p.numel() for p in learned.parameters()) <= sum(p.numel() for p in policy.parameters())
     assert np.isfinite(two.measures["kl"])
