@@ -6,11 +6,14 @@ command goes on where it stopped. Every field of the configuration: posttrain.pi
 
 import argparse
 
+from posttrain.record import REPORT_TO, begin
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="a YAML file such as recipes/dqo/arithmetic.yaml")
     parser.add_argument("--out", help="the run's folder, instead of the configuration's")
     parser.add_argument("--model", help="instead of the configuration's")
+    parser.add_argument("--report-to", nargs="+", metavar="NAME", help=REPORT_TO)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -20,6 +23,7 @@ def run(args: argparse.Namespace) -> None:
 
     overrides = {name: value for name, value in (("out", args.out), ("model", args.model)) if value is not None}
     config = build(dqo.DQORunConfig, {**read_yaml(args.config), **overrides})
+    begin(config.out, config, args.report_to)
     result = dqo.run(config)
     if result is None:  # one of several processes, and not the first
         return

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import UserError
+from posttrain.record import begin
 
 NOT_GIVEN = argparse.SUPPRESS
 
@@ -143,6 +144,7 @@ def _measure(words: list[str], given: dict[str, Any]) -> None:
     check_folder(given["out"], given.get("resume", False))
     out, options = given["out"], {name: given[name] for name in ("seed", "resume", "shard_prompts") if name in given}
     until, slots = given.get("until", "report"), given.get("slots", 64)
+    begin(out, {**given, "benchmarks": [task.benchmark for task in tasks]})
     if given.get("engine") == "vllm":
         policy = load_tokenizer(given["model"])
         any_reference, dtype = given.get("any_reference", False), given.get("dtype", "auto")

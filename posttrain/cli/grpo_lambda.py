@@ -6,11 +6,14 @@ Interrupted, the same command goes on where it stopped. Every field of the confi
 
 import argparse
 
+from posttrain.record import REPORT_TO, begin
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="a YAML file such as recipes/grpo_lambda/arithmetic.yaml")
     parser.add_argument("--out", help="the run's folder, instead of the configuration's")
     parser.add_argument("--model", help="instead of the configuration's")
+    parser.add_argument("--report-to", nargs="+", metavar="NAME", help=REPORT_TO)
     parser.add_argument("--seed", type=int, help="instead of the configuration's")
 
 
@@ -22,6 +25,7 @@ def run(args: argparse.Namespace) -> None:
     given = {"out": args.out, "model": args.model, "seed": args.seed}
     overrides = {name: value for name, value in given.items() if value is not None}
     config = build(grpo_lambda.GRPOLambdaRunConfig, {**read_yaml(args.config), **overrides})
+    begin(config.out, config, args.report_to)
     result = grpo_lambda.run(config)
     grpo_lambda.publish(
         result,

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from posttrain import __version__
 from posttrain.errors import UserError, nearest
 from posttrain.pipelines.ranks import let_the_first_speak, rank
+from posttrain.record import recording
 
 LEAD = "Value-based post-training of language models: sample, grade, learn, guide, measure."
 # name -> one-line help; the module posttrain.cli.<name>, with _ for -, holds add_arguments(parser) and run(args)
@@ -91,7 +92,9 @@ def _dispatch(argv: list[str]) -> int:
         allow_abbrev=False,
     )
     module.add_arguments(parser)
-    return module.run(parser.parse_args(argv[1:])) or 0
+    args = parser.parse_args(argv[1:])
+    with recording(argv, first=rank() == 0):
+        return module.run(args) or 0
 
 
 if __name__ == "__main__":

@@ -9,12 +9,15 @@ posttrain.pipelines.pipeline.
 
 import argparse
 
+from posttrain.record import REPORT_TO, begin
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", help="a YAML file, or a pipeline of posttrain recipe list")
     parser.add_argument("--out", help="the run's folder, instead of the file's")
     parser.add_argument("--model", help="the base, instead of the file's")
     parser.add_argument("--seed", type=int, help="instead of the file's")
+    parser.add_argument("--report-to", nargs="+", metavar="NAME", help=REPORT_TO)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -27,6 +30,7 @@ def run(args: argparse.Namespace) -> None:
     overrides = {name: value for name, value in given.items() if value is not None}
     config = build(pipeline.PipelineConfig, {**read_yaml(find(args.file)), **overrides})
     check("pipeline", config)
+    begin(config.out, config, args.report_to)
     result = pipeline.run(config)
     pipeline.publish(result)
     print_arms(result.arms.values())

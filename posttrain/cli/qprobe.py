@@ -6,6 +6,8 @@ the probe, summary.json and report.html into the run's folder. Every field of th
 
 import argparse
 
+from posttrain.record import begin
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="a YAML file such as recipes/qprobe/gsm8k.yaml")
@@ -20,6 +22,7 @@ def run(args: argparse.Namespace) -> None:
 
     overrides = {name: value for name, value in (("out", args.out), ("model", args.model)) if value is not None}
     config = build(qprobe.QProbeConfig, {**read_yaml(args.config), **overrides})
+    begin(config.out, config)
     result = qprobe.run(config)
     qprobe.publish(
         result, f"Q-Probe: {config.model} on {config.data}", f"One of {config.k} samples is chosen by a linear probe."

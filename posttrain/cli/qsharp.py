@@ -7,11 +7,14 @@ runs one stage alone. Every field of the configuration: posttrain.pipelines.qsha
 
 import argparse
 
+from posttrain.record import REPORT_TO, begin
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="a YAML file such as recipes/qsharp/arithmetic.yaml")
     parser.add_argument("--out", help="the run's folder, instead of the configuration's")
     parser.add_argument("--model", help="instead of the configuration's")
+    parser.add_argument("--report-to", nargs="+", metavar="NAME", help=REPORT_TO)
     parser.add_argument("--stage", choices=("collect", "train", "evaluate"), help="this stage only")
     parser.add_argument("--round", type=int, help="collect and train: this round only")
 
@@ -26,6 +29,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("round: it goes with --stage collect or --stage train")
     overrides = {name: value for name, value in (("out", args.out), ("model", args.model)) if value is not None}
     config = build(qsharp.QSharpConfig, {**read_yaml(args.config), **overrides})
+    begin(config.out, config, args.report_to)
     result = qsharp.run(config, args.stage, args.round)
     if result is None:
         return

@@ -10,8 +10,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from posttrain.record import begin
+
 if TYPE_CHECKING:
     from posttrain.rollouts.table import RolloutTable
+
+OF_THE_ENGINE = ("engine", "url", "guide", "candidates", "any_reference", "dtype", "device", "threads")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,6 +68,7 @@ def run(args: argparse.Namespace) -> None:
     from posttrain.errors import UserError
     from posttrain.models.load import load_model, load_tokenizer, model_folder
     from posttrain.pipelines.rollout import RolloutConfig, rollout
+    from posttrain.provenance import plain
     from posttrain.rollouts.collect import check_folder
     from posttrain.rollouts.engine import Sampling
     from posttrain.rollouts.service import ServiceEngine, check_for_service
@@ -88,6 +93,7 @@ def run(args: argparse.Namespace) -> None:
     check_for_service(args.url, args.engine == "service", **fixed)
     check_folder(args.out, args.resume)
     rows = config.rows()
+    begin(args.out, {"model": args.model, **plain(config), **{name: getattr(args, name) for name in OF_THE_ENGINE}})
     if args.engine == "vllm":
         policy = load_tokenizer(args.model)
         served = load_vllm_guide(args.guide, policy, guidance, args.any_reference) if args.guide else None

@@ -12,13 +12,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from posttrain import rewards
 from posttrain.errors import UserError
 from posttrain.evaluation import lm_eval_bridge
 from posttrain.evaluation.benchmarks import Benchmark
 from posttrain.evaluation.run_folder import read_prompts
+from posttrain.progress import bar
 from posttrain.provenance import hash_files, hash_json, versions, write_text
 from posttrain.rewards.math import Grade, canonical, grade
 from posttrain.rollouts.table import RolloutTable, read_table
@@ -114,8 +113,8 @@ def _graded(
     rows: Sequence[dict[str, Any]], completions: Sequence[list[str]], benchmark: Benchmark, start: int = 0
 ) -> Iterator[list[Line]]:
     step = max(1, CHUNK // benchmark.n)
-    bar = tqdm(total=len(rows), initial=start, desc=f"{benchmark.name}: grade", unit="problem", disable=None)
-    with bar, closing(lm_eval_bridge.Judge()) as judge:
+    with bar(f"{benchmark.name}: grade", len(rows)) as shown, closing(lm_eval_bridge.Judge()) as judge:
+        shown.skip(start)
         for first in range(start, len(rows), step):
             chunk, texts = rows[first : first + step], completions[first : first + step]
             grades = iter(
@@ -130,7 +129,7 @@ def _graded(
                 if task := compatible(benchmark):
                     lines[-1]["lm_eval"] = lm_eval_bridge.scores(task, row, group, judge)
             yield lines
-            bar.update(len(chunk))
+            shown.advance(len(chunk))
 
 
 def _line(row: dict[str, Any], grades: list[Grade]) -> Line:

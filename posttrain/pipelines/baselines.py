@@ -84,7 +84,7 @@ def train(
                 f"policy: {folder} was trained on other completions or with other settings; delete it, or give another out"
             )
         return made
-    from transformers import PrinterCallback
+    from posttrain.trainers.follow import follow
 
     started = time.perf_counter()
     start = load_model(policy.name, str(policy.model.device), "float32")
@@ -93,7 +93,7 @@ def train(
         start.model, start.tokenizer, examples_of([table], policy.fingerprint), settings, scratch, seed
     )
     say(f"{TITLES[method]} on {len(trainer.train_dataset)} {'pairs' if method == 'dpo' else 'completions'}")
-    trainer.remove_callback(PrinterCallback)
+    follow(trainer, folder)
     trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
     trainer.save_model(str(folder))
     (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody needs: the settings stand below

@@ -13,7 +13,6 @@ What is finished is not made again; an interrupted training continues from its l
 import json
 import math
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -251,10 +250,9 @@ def _learn(
     key: str,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    from transformers import PrinterCallback  # with the trainer below, seconds of import
-
-    from posttrain.trainers.dqo import DQOConfig, DQOTrainer, labelled
+    from posttrain.trainers.dqo import DQOConfig, DQOTrainer, labelled  # seconds of import
     from posttrain.trainers.dqo_examples import examples_of
+    from posttrain.trainers.follow import follow
 
     started = time.perf_counter()
     shared = None not in (config.lora_rank, config.value_lora_rank)
@@ -283,7 +281,7 @@ def _learn(
             logging_steps=10,
             save_strategy="steps",
             save_steps=50,
-            disable_tqdm=not sys.stderr.isatty(),
+            disable_tqdm=True,
             seed=seed,
             **arguments,
         ),
@@ -292,7 +290,7 @@ def _learn(
         peft_config=_lora(config.lora_rank),
         value_peft_config=_lora(config.value_lora_rank),
     )
-    trainer.remove_callback(PrinterCallback)
+    follow(trainer, folder)
     trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
     trainer.save(folder)
     release(trainer)

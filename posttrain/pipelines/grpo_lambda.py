@@ -14,7 +14,6 @@ One process only.
 import dataclasses
 import json
 import shutil
-import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -247,8 +246,8 @@ def _learn(
 ) -> dict[str, Any]:
     folder, cpu = Path(config.out) / arm, device.type == "cpu"
     from datasets import Dataset  # with the trainer below, seconds of import
-    from transformers import PrinterCallback
 
+    from posttrain.trainers.follow import follow
     from posttrain.trainers.grpo_lambda import GRPOLambdaTrainer
 
     started = time.perf_counter()
@@ -271,7 +270,7 @@ def _learn(
             peft_config=_adapter(config.training),
             rollout_func=_rollouts(config, cpu),
         )
-    trainer.remove_callback(PrinterCallback)
+    follow(trainer, folder)
     trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
     model = trainer.accelerator.unwrap_model(trainer.model)
     if config.training.lora_rank:
@@ -368,7 +367,7 @@ def arguments(config: GRPOLambdaRunConfig, arm: str, folder: Path, cpu: bool) ->
         if name not in known:
             told = "is a setting of ours" if name in own else f"no argument of TRL's GRPOConfig{nearest(name, known)}"
             raise UserError(f"training.trl.{name}: {told}")
-    quiet = {"report_to": "none", "disable_tqdm": not sys.stderr.isatty(), "logging_steps": 1}
+    quiet = {"report_to": "none", "disable_tqdm": True, "logging_steps": 1}
     saving = {"save_strategy": "steps", "save_steps": 20, "save_total_limit": 2}
     try:
         return GRPOLambdaConfig(**{**quiet, **saving, **own, **settings.trl})

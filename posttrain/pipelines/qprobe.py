@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from posttrain import record
 from posttrain.errors import UserError
 from posttrain.evaluation.arms import Arm, reranked_arm, sampled_arms
 from posttrain.evaluation.calibrate import apply_logistic, fit_logistic
@@ -122,6 +123,8 @@ def run(config: QProbeConfig, say: Callable[[str], None] = print, tables_in: Pat
     started = time.perf_counter()
     fitted, train_scores = fit(policy, train, config, out / "features")
     fitted.probe.save_pretrained(out / "probe")
+    for look, value in enumerate(fitted.curve):
+        record.log(out / "probe", look * config.probe.eval_steps, {"held_out_reward": value})
     say(
         f"probe on {fitted.spec}; on {len(fitted.held_out)} held-out prompts, reward {fitted.metrics['base']:.3f} of one "
         f"sample -> {fitted.metrics['value']:.3f} of the best of {fitted.k} (of {config.train_samples} sampled)"

@@ -3,7 +3,6 @@
 import itertools
 import json
 import shutil
-import sys
 import time
 import warnings
 import zipfile
@@ -118,8 +117,8 @@ def _train(
             )
         return made
     from peft import LoraConfig  # with the trainer below, seconds of import
-    from transformers import PrinterCallback
 
+    from posttrain.trainers.follow import follow
     from posttrain.trainers.value import ValueConfig, ValueTrainer, defined
     from posttrain.trainers.value_examples import examples_of, split_by_prompt
 
@@ -146,7 +145,7 @@ def _train(
             packing=config.packing,
             use_cpu=policy.model.device.type == "cpu",
             logging_strategy="epoch",
-            disable_tqdm=not sys.stderr.isatty(),
+            disable_tqdm=True,
             seed=seed,
         ),
         train,
@@ -156,7 +155,7 @@ def _train(
         if config.lora_rank
         else None,
     )
-    trainer.remove_callback(PrinterCallback)
+    follow(trainer, folder)
     trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
     metrics = {name.removeprefix("eval_"): float(number) for name, number in trainer.evaluate().items()}
     trainer.save(folder)

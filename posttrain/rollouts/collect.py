@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from posttrain import record
 from posttrain.data.prompts import Message, messages_for, render
 from posttrain.errors import UserError
+from posttrain.progress import Bar, bar
 from posttrain.provenance import hash_json, versions
 from posttrain.rewards.math import Grade, grade
 from posttrain.rollouts.engine import Completion, Engine, Request, Sampling, check_request
@@ -142,23 +142,26 @@ def collect(
         manifest = _opened(out, manifest, resume)
         finished = manifest["shards"]
         counts = [_count(prompt, least_samples or samples, samples, sampling.seed) for prompt in prompts]
-        with _Progress(sum(counts), progress) as bar:
+        with bar(f"rollout {out.name}", sum(counts), progress) as shown:
+            done = _Progress(shown)
             for index in range(manifest["expected_shards"]):
                 if shard_name(index) in finished:
-                    bar.skip(finished[shard_name(index)]["rows"])
+                    shown.skip(finished[shard_name(index)]["rows"])
                     continue
                 start = time.perf_counter()
                 first = index * shard_prompts
                 shard = slice(first, first + shard_prompts)
                 jobs = _jobs(prompts[shard], first, counts[shard], sampling, beta, prefixes or {})
-                completions = _sample(engine, jobs, bar)
+                completions = _sample(engine, jobs, done)
                 texts = [completion_text(tokenizer, completion) for completion in completions]
                 grades = grader(completions=texts, golds=[job.prompt.answer for job in jobs])
                 rows = [_row(*row, policy, guide) for row in zip(jobs, completions, texts, grades, strict=True)]
-                bar.graded(rows)
+                done.graded(rows)
                 with _writing(out):
                     finished[shard_name(index)] = write_shard(out, index, rows)
                     manifest["seconds"] += time.perf_counter() - start
+                    # Before the manifest says that the shard is there: a kill between the two costs no line.
+                    record.log(out, index, _measured(rows, time.perf_counter() - start))
                     write_manifest(out, manifest)
     return read_table(out)
 
@@ -218,15 +221,20 @@ def check_folder(out: Path, resume: bool) -> None:
     Errors: UserError naming `out`, which cannot be written to or, without `resume`, is not empty.
     """
     _check_writable(out)
-    if not resume and out.is_dir() and any(out.iterdir()):
+    if not resume and out.is_dir() and not _is_bare(out):
         raise UserError(f"out: {out} is not empty; --resume continues an interrupted run, or give another folder")
+
+
+def _is_bare(out: Path) -> bool:
+    """Whether nothing lies there, but for what a run notes of itself before it makes anything."""
+    return {path.name for path in out.iterdir()} <= record.NAMES
 
 
 def _opened(out: Path, manifest: dict[str, Any], resume: bool) -> dict[str, Any]:
     """The manifest to go on with: the new one, now written, or on resume the old one, which must agree with it."""
     check_folder(out, resume)
     remove_scratch(out)
-    if any(out.iterdir()):
+    if not _is_bare(out):
         return _agreed(out, read_manifest(out), manifest)
     with _writing(out):
         write_manifest(out, manifest)
@@ -300,12 +308,12 @@ def _prefix_hash(prefixes: Mapping[tuple[str, int], Prefix]) -> str:
     return hash_json([[*key, prefix.ids, prefix.cut] for key, prefix in sorted(prefixes.items())])
 
 
-def _sample(engine: Engine, jobs: Sequence[_Job], bar: "_Progress") -> list[Completion]:
+def _sample(engine: Engine, jobs: Sequence[_Job], done: "_Progress") -> list[Completion]:
     """In order of the jobs, each with its prefix."""
     rest = {}
     for completion in engine.generate(job.request for job in jobs if job.request is not None):
         rest[completion.request_id] = completion
-        bar.sampled(completion)
+        done.sampled(completion)
     return [job.prefix.before(rest.get(number)) for number, job in enumerate(jobs)]
 
 
@@ -353,37 +361,33 @@ def completion_text(tokenizer: Any, completion: Completion) -> str:
 class _Progress:
     """Completions, tokens per second and accuracy so far, on stderr where that is a terminal."""
 
-    def __init__(self, total: int, shown: bool) -> None:
-        self.bar = tqdm(
-            total=total, desc="rollout", unit="completion", disable=None if shown else True, dynamic_ncols=True
-        )
+    def __init__(self, shown: Bar) -> None:
+        self.bar = shown
         self.start = time.perf_counter()
         self.tokens = self.correct = self.rows = 0
 
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-    def skip(self, rows: int) -> None:
-        """Finished before this run: done, but no measure of its speed."""
-        if not self.bar.disable:
-            self.bar.initial += rows
-            self.bar.update(rows)
-
     def sampled(self, completion: Completion) -> None:
         self.tokens += len(completion.ids)
-        self.bar.update()
-        self._show()
+        self.bar.advance(1, self._note() if self.bar.shown else None)
 
     def graded(self, rows: Sequence[dict[str, Any]]) -> None:
         self.rows += len(rows)
         self.correct += sum(row["correct"] for row in rows)
-        self._show()
 
-    def _show(self) -> None:
-        if not self.bar.disable:
-            speed = self.tokens / (time.perf_counter() - self.start)
-            accuracy = f"{self.correct / self.rows:.3f}" if self.rows else "-"
-            self.bar.set_postfix_str(f"{speed:.0f} tokens/s, accuracy {accuracy}", refresh=False)
+    def _note(self) -> str:
+        speed = self.tokens / (time.perf_counter() - self.start)
+        accuracy = f"{self.correct / self.rows:.3f}" if self.rows else "-"
+        return f"{speed:.0f} tokens/s, accuracy {accuracy}"
+
+
+def _measured(rows: Sequence[dict[str, Any]], seconds: float) -> dict[str, float]:
+    """Of a shard, for the run's record."""
+    tokens = [len(row["completion_ids"]) for row in rows]
+    return {
+        "completions": len(rows),
+        "accuracy": sum(row["correct"] for row in rows) / len(rows),
+        "tokens": sum(tokens) / len(rows),
+        "truncated": sum(row["finish_reason"] == "length" for row in rows) / len(rows),
+        **({"kl": sum(row["kl"] for row in rows) / len(rows)} if any(row["guide"] for row in rows) else {}),
+        "tokens_per_second": sum(tokens) / seconds,
+    }

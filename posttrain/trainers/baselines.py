@@ -6,7 +6,6 @@ from the ids themselves.
 
 import copy
 import random
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -179,6 +178,6 @@ def _arguments(model: Any, settings: BaselineTraining, folder: Path, seed: int) 
         "save_steps": SAVE_STEPS,
         "save_total_limit": 2,
         "report_to": "none",
-        "disable_tqdm": not sys.stderr.isatty(),
+        "disable_tqdm": True,
         "seed": seed,
     }

@@ -12,15 +12,13 @@ the best of *all* would see one sample per prompt, and choosing by so coarse a n
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from posttrain.decoding.rerank import best_of_k
@@ -28,6 +26,7 @@ from posttrain.errors import UserError, nearest
 from posttrain.models.features import FeatureSpec
 from posttrain.models.probe import Probe, ProbeCard
 from posttrain.objectives.qprobe import policy_loss, preference_loss, reward_loss
+from posttrain.progress import bar
 
 Loss = Literal["policy", "bce", "mse", "preference"]
 
@@ -130,11 +129,9 @@ class ProbeTrainer:
             raise UserError("rewards: must be within [0, 1] for loss bce; use mse or policy")
         train, held_out = self._split(groups)
 
-        console = Console(stderr=True)
         candidates = groups.features.shape[1]
         fitted = []
-        with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
-            task = progress.add_task("probe", total=candidates * config.max_steps)
+        with bar("probe", candidates) as shown:
             for candidate in range(candidates):
                 card = ProbeCard(
                     dim=groups.features.shape[-1],
@@ -145,8 +142,8 @@ class ProbeTrainer:
                     beta=config.beta_train if config.loss == "policy" else None,
                 )
                 parts = groups.part(train, candidate), groups.part(held_out, candidate)
-                fitted.append(self._fit_one(card, *parts, lambda steps: progress.advance(task, steps)))
-                progress.update(task, completed=(candidate + 1) * config.max_steps)
+                fitted.append(self._fit_one(card, *parts))
+                shown.advance()
 
         values = tuple(max(curve) for _, curve in fitted)
         probe, curve = fitted[values.index(max(values))]
@@ -184,9 +181,7 @@ class ProbeTrainer:
             held_out.append(prompts[:count])
         return torch.cat(train), torch.cat(held_out)
 
-    def _fit_one(
-        self, card: ProbeCard, train: "_Groups", validation: "_Groups", advance: Callable[[int], None]
-    ) -> tuple[Probe, tuple[float, ...]]:
+    def _fit_one(self, card: ProbeCard, train: "_Groups", validation: "_Groups") -> tuple[Probe, tuple[float, ...]]:
         """The best probe on one candidate feature, and its held-out value before training and every `eval_steps`."""
         config = self.config
         generator = torch.Generator().manual_seed(config.seed)
@@ -211,7 +206,6 @@ class ProbeTrainer:
             if not scores.isfinite().all():
                 raise UserError(f"learning_rate: training diverged at {config.learning_rate}; lower it, or standardise")
             curve.append(self._value(scores, validation))
-            advance(config.eval_steps)
             if curve[-1] > best_value:
                 best, best_value = copy.deepcopy(probe.state_dict()), curve[-1]
             if len(curve) - 1 - curve.index(best_value) >= config.patience:

@@ -1,0 +1,76 @@
+"""What a transformers Trainer logs, in the record of the run and wherever else it reports to; its progress on a terminal."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.integrations import get_reporting_integration_callbacks
+
+from posttrain import record
+from posttrain.progress import Bar, bar
+
+TIMES = frozenset({"total_flos"})  # of the machine, not of the training
+
+
+def follow(trainer: Any, folder: Path) -> None:
+    """Instead of the trainer's own ways to print. folder: what it makes, within the run's, which names its lines."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_Progress(folder.name))
+    run = record.current()
+    if run is None:
+        return
+    events = run.folder / record.EVENTS / run.part(folder)
+    reports = [report() for report in get_reporting_integration_callbacks(list(run.report_to))]
+    trainer.add_callback(_Record(run, folder, events, reports))
+    for report in reports:
+        trainer.add_callback(report)
+
+
+class _Record(TrainerCallback):
+    """Before the reports, whose event files it places."""
+
+    def __init__(self, run: record.Run, folder: Path, events: Path, reports: list[Any]) -> None:
+        self.run, self.folder, self.events, self.reports = run, folder, events, reports
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """What an interrupted attempt logged after its last checkpoint is logged again."""
+        if not state.is_world_process_zero:
+            return
+        self.run.rewind(self.folder, state.global_step)
+        for report in self.reports:
+            if hasattr(report, "tb_writer"):
+                from torch.utils.tensorboard import SummaryWriter
+
+                report.logging_dir = str(self.events)
+                report.tb_writer = SummaryWriter(report.logging_dir, purge_step=state.global_step + 1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if state.is_world_process_zero and logs:
+            kept = {name: value for name, value in logs.items() if name not in TIMES}
+            self.run.log(self.folder, state.global_step, kept)
+
+
+class _Progress(TrainerCallback):
+    """Steps, and the loss."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.stack = ExitStack()
+        self.bar = Bar()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self.bar = self.stack.enter_context(bar(self.title, state.max_steps))
+            self.bar.skip(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.advance()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            self.bar.advance(0, f"loss {logs['loss']:.4g}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.stack.close()

@@ -1,0 +1,70 @@
+"""A training of a handful of steps: what it logs, in the record of the run."""
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from posttrain.record import EVENTS, begin, read_metrics, recording
+from posttrain.trainers.follow import follow
+
+
+class Line(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.slope = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x, labels):
+        return {"loss": ((self.slope * x - labels) ** 2).mean()}
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+
+def training(folder):
+    arguments = TrainingArguments(
+        str(folder / "scratch"), max_steps=8, logging_steps=1, save_steps=2, use_cpu=True, report_to="none",
+        disable_tqdm=True, learning_rate=0.1,
+    )  # fmt: skip
+    data = [{"x": torch.tensor([float(i)]), "labels": torch.tensor([2.0 * i])} for i in range(16)]
+    return Trainer(Line(), arguments, train_dataset=data)
+
+
+def test_an_interrupted_training_logs_every_step_once(tmp_path, capsys):
+    tensorboard = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    with recording(["dqo"]):
+        begin(whole, {}, ["tensorboard"])
+        trainer = training(whole)
+        follow(trainer, whole / "policy")
+        trainer.train()
+    with pytest.raises(KeyboardInterrupt), recording(["dqo"]):
+        begin(parts, {}, ["tensorboard"])
+        trainer = training(parts)
+        follow(trainer, parts / "policy")
+        trainer.add_callback(Stop())
+        trainer.train()
+    assert [row["step"] for row in read_metrics(parts)] == [1, 2, 3, 4]
+    with recording(["dqo"]):
+        begin(parts, {}, ["tensorboard"])
+        trainer = training(parts)
+        follow(trainer, parts / "policy")
+        trainer.train(resume_from_checkpoint=True)
+    losses = [
+        [(row["part"], row["step"], row["loss"]) for row in read_metrics(folder) if "loss" in row]
+        for folder in (whole, parts)
+    ]
+    assert losses[0] == losses[1] and [step for _, step, _ in losses[0]] == list(range(1, 9))
+    assert losses[0][0][0] == "policy" and len(read_metrics(whole)) == len(read_metrics(parts)) == 9
+    events = tensorboard.EventAccumulator(str(parts / EVENTS / "policy")).Reload()
+    assert [point.step for point in events.Scalars("train/loss")] == list(range(1, 9))
+    assert not any("loss" in said for said in capsys.readouterr())  # quiet: no terminal
+
+
+def test_without_a_run_it_trains_and_says_nothing(tmp_path, capsys):
+    trainer = training(tmp_path)
+    follow(trainer, tmp_path / "policy")
+    trainer.train()
+    assert not any("loss" in said for said in capsys.readouterr()) and trainer.state.global_step == 8
