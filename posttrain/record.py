@@ -145,7 +145,8 @@ def begin(folder: str | Path, config: Any, report_to: Sequence[str] | None = Non
     folder = Path(folder)
     try:
         _command.new = not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
+        if not folder.is_dir():
+            folder.mkdir(parents=True)
         _command.lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         fcntl.flock(_command.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

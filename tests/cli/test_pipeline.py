@@ -3,6 +3,7 @@ import json
 import pytest
 
 from posttrain.cli.main import main
+from posttrain.record import read_metrics, read_status
 from tests.small_demo import DEMO, write
 
 
@@ -17,6 +18,9 @@ def test_one_table_and_two_files(tmp_path, capsys):
     assert "learn and choose" in shown
     assert summary["manifest"]["config"]["seed"] == 1
     assert f"{out}/report.html" in shown and (out / "report.html").is_file()
+    assert read_status(out).state == "finished" and {"train", "test", "qprobe/probe"} <= {
+        row["part"] for row in read_metrics(out)
+    }
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from posttrain.cli.main import main
+from posttrain.record import read_attempts, read_metrics, read_status
 
 SMALL = {
     **{"train_prompts": 10, "train_samples": 4, "rounds": 1, "test_prompts": 4, "k": 3, "guided_samples": 1},
@@ -34,6 +35,8 @@ def test_a_recipe_is_run_into_the_folder_of_the_command_line(tmp_path, recipe, c
     capsys.readouterr()
     assert main(["qsharp", "--config", recipe(), "--out", str(out), "--stage", "evaluate"]) == 0
     assert json.loads((out / "summary.json").read_text())["manifest"]["config"]["train_prompts"] == 10
+    assert read_status(out).state == "finished" and len(read_attempts(out)) == 3
+    assert any(row["part"] == "round-1/value" and "eval_auc" in row for row in read_metrics(out))
     page, shown = (out / "report.html").read_text(), capsys.readouterr().out
     assert "Q#, round 1, beta 0.1" in shown and f"guide: {out}/round-1/value" in shown
     assert all(f"<td>{name}</td>" in page for name in ("Q#", "CD", "reward model", "weighted majority"))
