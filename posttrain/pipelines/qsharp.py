@@ -10,13 +10,14 @@ half the sampling. A later round rolls in with the guided policy, cuts, rolls ou
     test/, guided/NAME/     what is measured: pi_ref, and guided policies
     summary.json, report.html
 
-What is finished is not made again; a stage can be run alone.
+What is finished is not made again; a stage can be run alone. Of several processes (`accelerate launch`) the first collects and
+evaluates, and all train.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -31,6 +32,7 @@ from posttrain.evaluation.plots import frontier, length_histogram
 from posttrain.evaluation.report import Figure, write_report
 from posttrain.models.load import Policy, load_model
 from posttrain.models.value import base_fingerprint
+from posttrain.pipelines.ranks import Ranks
 from posttrain.pipelines.rollout import RolloutConfig, check_overlap, lengths_by_verdict, rollout
 from posttrain.pipelines.value_training import MADE_BY, ValueTraining, train_value
 from posttrain.provenance import plain, versions, write_json
@@ -141,7 +143,8 @@ def run(
     say: Callable[[str], None] = print,
     tables_in: Path | None = None,
 ) -> QSharpRun | None:
-    """All stages, or one of them; of all rounds, or of round `number`. None where nothing was evaluated.
+    """All stages, or one of them; of all rounds, or of round `number`. None where nothing was evaluated, and in all processes
+    but the first.
 
     tables_in: the folder of `train` and `test`; default: the run's own.
     Errors: UserError naming the field, before anything is sampled where that is possible.
@@ -151,17 +154,19 @@ def run(
     work = Work(config, say, tables_in)
     for each in range(1, config.rounds + 1) if number is None else (number,):
         if stage in (None, "collect"):
-            work.collect(each)
+            work.ranks.alone(partial(work.collect, each))
         if stage in (None, "train"):
             work.train(each)
-    return work.evaluate() if stage in (None, "evaluate") else None
+    return work.ranks.alone(work.evaluate) if stage in (None, "evaluate") else None
 
 
 class Work:
     """The stages, on what lies in the run's folder."""
 
     def __init__(self, config: QSharpConfig, say: Callable[[str], None] = print, tables_in: Path | None = None) -> None:
-        self.config, self.say, self.out = config, say, Path(config.out)
+        self.ranks = Ranks(config.device)
+        self.config, self.out = config, Path(config.out)
+        self.say = say if self.ranks.first else _silent
         self.tables_in = tables_in or self.out
         self.train_plan = self._plan(config.data, config.train_split, config.train_prompts, config.train_samples)
         test_data = config.test_data or config.data
@@ -171,7 +176,7 @@ class Work:
         if config.value.base:
             with within("value."):
                 base_fingerprint(config.value.base)  # refused now, not after the first round is collected
-        self.policy = load_model(config.model, config.device, config.dtype)
+        self.policy = load_model(config.model, self.ranks.device, config.dtype)
         self.guide = cache(self._guide)
 
     def _plan(self, data: str, split: str, limit: int, samples: int) -> RolloutConfig:
@@ -245,7 +250,7 @@ class Work:
             self.say(
                 f"round {number}: a value model ({self.config.value.head}) from {sum(map(len, tables))} completions"
             )
-        made = train_value(self.policy, tables, self.config.value, folder, self.config.seed)
+        made = train_value(self.policy, tables, self.config.value, folder, self.config.seed, self.ranks)
         if new:
             shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in made["metrics"].items())
             self.say(f"round {number}: on held-out prompts, per token: {shown}")

@@ -7,6 +7,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from posttrain.config import within
 from posttrain.errors import UserError
 from posttrain.models.load import Policy
 from posttrain.models.value import Head, base_fingerprint, new_value_model
+from posttrain.pipelines.ranks import Ranks, release
 from posttrain.provenance import hash_json, plain, versions, write_json
 from posttrain.rollouts.collect import reserved
 from posttrain.rollouts.table import RolloutTable
@@ -81,19 +83,22 @@ def train_value(
     config: ValueTraining,
     folder: Path,
     seed: int = 0,
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """Trains a value model from its start and saves it; what was made by the same tables and settings is kept.
 
-    Returns what `made_by.json` says: seconds, the metrics on held-out prompts, and those by position.
+    Returns what `made_by.json` says: seconds, the metrics on held-out prompts, and those by position. ranks: those that train,
+    all of which call this; default: this process alone, on the policy's device.
     Errors: UserError naming `value` for a folder that something else made, `out` for one that another process trains
     into, `value.FIELD` for what the model says of its configuration, or as the examples say.
     """
-    with reserved(folder):
-        return _train(policy, tables, config, folder, seed)
+    ranks = ranks or Ranks(str(policy.model.device))
+    with reserved(folder) if ranks.first else nullcontext():
+        return _train(policy, tables, config, folder, seed, ranks)
 
 
 def _train(
-    policy: Policy, tables: Sequence[RolloutTable], config: ValueTraining, folder: Path, seed: int
+    policy: Policy, tables: Sequence[RolloutTable], config: ValueTraining, folder: Path, seed: int, ranks: Ranks
 ) -> dict[str, Any]:
     base = []
     if config.base:
@@ -128,7 +133,7 @@ def _train(
     with within("value."):
         train, held_out = split_by_prompt(examples, config.eval_fraction, seed)
         value = new_value_model(policy, config.head, config.base, config.layers, atoms, config.zero_init, seed=seed)
-    scratch = folder.with_name(f"{folder.name}-checkpoints-{key[:12]}")
+    scratch = folder.with_name(f"{folder.name}-checkpoints-{hash_json([key, *ranks.launch])[:12]}")
     trainer = ValueTrainer(
         value,
         ValueConfig(
@@ -159,6 +164,7 @@ def _train(
     trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
     metrics = {name.removeprefix("eval_"): float(number) for name, number in trainer.evaluate().items()}
     trainer.save(folder)
+    release(trainer)
     made = {
         "key": key,
         "policy": policy.fingerprint,
@@ -168,10 +174,12 @@ def _train(
         "metrics": defined({name: metrics[name] for name in METRICS}),
         "by_position": [defined(entry) for entry in trainer.by_position],
         "seconds": time.perf_counter() - started,
+        "processes": ranks.count,
         "versions": versions(),
     }
-    write_json(folder / MADE_BY, made)
-    shutil.rmtree(scratch, ignore_errors=True)
+    if ranks.first:
+        write_json(folder / MADE_BY, made)
+        shutil.rmtree(scratch, ignore_errors=True)
     return made
 
 

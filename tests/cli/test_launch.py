@@ -21,7 +21,7 @@ DQO = {
 }
 
 
-def launched(folder: Path, config: dict, *options: str) -> subprocess.CompletedProcess[str]:
+def launched(folder: Path, config: dict, *options: str, command: str = "dqo") -> subprocess.CompletedProcess[str]:
     folder.mkdir(exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(config))
     launch = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
@@ -43,7 +43,7 @@ def launched(folder: Path, config: dict, *options: str) -> subprocess.CompletedP
             *launch,
             "-m",
             "posttrain",
-            "dqo",
+            command,
             "--config",
             str(folder / "recipe.yaml"),
             "--out",
