@@ -155,9 +155,11 @@ def check(command: str, config: Any, launch: Launch = Launch()) -> None:  # noqa
         _check_lengths("training.max_tokens", config.training.max_tokens, model)
         for arm in config.arms:
             arguments(config, arm, Path(config.out), cpu=True)
-    for name in ("lora_rank", "value_lora_rank"):
-        if launch.zero == 3 and getattr(getattr(config, "training", None), name, None):
-            raise UserError(f"training.{name}: adapters cannot be merged under ZeRO-3; launch it with zero2.yaml")
+    for part, name in (("training", "lora_rank"), ("training", "value_lora_rank"), ("value", "lora_rank")):
+        if launch.zero == 3 and getattr(getattr(config, part, None), name, None):
+            raise UserError(f"{part}.{name}: adapters cannot be merged under ZeRO-3; launch it with zero2.yaml")
+    if launch.ranks > 1 and command in ("qprobe", "pipeline"):
+        raise UserError(f"header: {command} runs in one process; launch it without accelerate")
 
 
 def value_base(config: QSharpConfig) -> Architecture:

@@ -99,10 +99,16 @@ def way(recipe: Recipe, machine: Machine) -> list[Knob]:
     return steps
 
 
+def _part(recipe: Recipe) -> str:
+    """The field that says how it trains."""
+    return "value" if recipe.command == "qsharp" else "training"
+
+
 def _launchers(recipe: Recipe) -> Iterator[Iterator[tuple[str, Recipe]]]:
     if recipe.launcher is None:
         return
-    adapters = any(getattr(recipe.config.training, name, None) for name in ("lora_rank", "value_lora_rank"))
+    settings = getattr(recipe.config, _part(recipe))
+    adapters = any(getattr(settings, name, None) for name in ("lora_rank", "value_lora_rank"))
     for name in ("zero2", "zero3", "zero3_offload"):
         path = recipe.launcher.with_name(f"{name}.yaml")
         if path.is_file() and path != recipe.launcher and not (adapters and name != "zero2"):
@@ -111,7 +117,7 @@ def _launchers(recipe: Recipe) -> Iterator[Iterator[tuple[str, Recipe]]]:
 
 def _switches(recipe: Recipe) -> Iterator[Iterator[tuple[str, Recipe]]]:
     """Settings that are on or off."""
-    part = "value" if recipe.command == "qsharp" else "training"
+    part = _part(recipe)
     settings = getattr(recipe.config, part, None)
     zero3 = launch_of(recipe).zero == 3
     changes: list[dict[str, Any]] = [{"bf16": True}, {"gradient_checkpointing": True}]
@@ -130,7 +136,7 @@ def _switches(recipe: Recipe) -> Iterator[Iterator[tuple[str, Recipe]]]:
 def _halved(recipe: Recipe) -> Iterator[Iterator[tuple[str, Recipe]]]:
     """Sizes that may be smaller: half, a quarter, ..."""
     config = recipe.config
-    part = "value" if recipe.command == "qsharp" else "training"
+    part = _part(recipe)
     if hasattr(config, part):
         yield _batches(recipe, part)
     yield (
@@ -276,16 +282,14 @@ def _qsharp(config: Any, launch: Launch, machine: Machine) -> Stages:
     precision = _precision(settings.bf16, launch)
     shared = settings.head == "shared"
     body = base.cut(settings.layers or base.layers)
-    small = 256 * (model.hidden + base.hidden + 2) if settings.head != "v" else base.hidden + 1
     policy = {"policy": width * model.parameters}
+    value = _value(config)
     if shared:
-        value = Trained(model, small, small, 0)
         # States and embeddings as the head reads them, and its hidden layer.
         acts = settings.batch_size * time * FLOAT32 * (2 * model.hidden + 4 * 256) + memory.forward(
             model, settings.batch_size * time, width
         )
     else:
-        value = memory.trained(body, body.body + small, settings.lora_rank)
         batch = Batch(settings.batch_size, time, config.max_tokens, settings.gradient_checkpointing, settings.packing)
         state = memory.state(value, precision, launch)
         acts = memory.backward((value,), batch, precision, 0, state["gradients"], False)
@@ -298,6 +302,7 @@ def _qsharp(config: Any, launch: Launch, machine: Machine) -> Stages:
         "value model": state["weights"],
         "gradients": state["gradients"],
         "optimiser": state["optimiser"],
+        "DeepSpeed's buffers": memory.zero_buffers((value,), precision, launch),
         "activations": acts,
     }
     guided = _sampling(config, model, width)
@@ -308,6 +313,15 @@ def _qsharp(config: Any, launch: Launch, machine: Machine) -> Stages:
         guided["activations"] = max(guided["activations"], memory.forward(body, children, width))
     stages["guided"] = guided
     return stages
+
+
+def _value(config: Any) -> Trained:
+    model, base, settings = architecture(config.model), value_base(config), config.value
+    small = 256 * (model.hidden + base.hidden + 2) if settings.head != "v" else base.hidden + 1
+    if settings.head == "shared":
+        return Trained(model, small, small, 0)
+    body = base.cut(settings.layers or base.layers)
+    return memory.trained(body, body.body + small, settings.lora_rank)
 
 
 def _qprobe(config: Any, launch: Launch, machine: Machine) -> Stages:
@@ -335,6 +349,8 @@ def _width(config: Any, machine: Machine) -> int:
 def _learning(recipe: Recipe) -> tuple[Trained, ...]:
     if recipe.command == "dqo":
         return _actor_critic(recipe.config)
+    if recipe.command == "qsharp":
+        return (_value(recipe.config),)
     model = architecture(recipe.config.model)
     return (memory.trained(model, model.parameters, recipe.config.training.lora_rank),)
 
