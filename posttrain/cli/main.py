@@ -5,6 +5,7 @@ import importlib
 import itertools
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 from posttrain import __version__
 from posttrain.errors import UserError, nearest
@@ -72,16 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
 
 
-def _dispatch(argv: list[str]) -> int:
-    width = max(map(len, COMMANDS))
-    listing = "\n".join(f"  {name:{width}}  {text}" for name, text in COMMANDS.items())
-    if not argv or argv[0] in ("-h", "--help"):
-        print(f"usage: posttrain COMMAND ...\n\n{LEAD}\n\n{listing}\n\nposttrain COMMAND --help explains each.")
-        return 0
-    if argv[0] == "--version":
-        print(__version__)
-        return 0
-    name = argv[0]
+def command_of(name: str) -> tuple[ModuleType, argparse.ArgumentParser]:
+    """A command's module, and what reads its arguments. Errors: UserError for one that is not there."""
     if name not in COMMANDS:
         raise UserError(f"command: no command {name!r}{nearest(name, COMMANDS)}; one of {', '.join(COMMANDS)}")
     module = importlib.import_module(f"posttrain.cli.{name.replace('-', '_')}")
@@ -92,6 +85,19 @@ def _dispatch(argv: list[str]) -> int:
         allow_abbrev=False,
     )
     module.add_arguments(parser)
+    return module, parser
+
+
+def _dispatch(argv: list[str]) -> int:
+    width = max(map(len, COMMANDS))
+    listing = "\n".join(f"  {name:{width}}  {text}" for name, text in COMMANDS.items())
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"usage: posttrain COMMAND ...\n\n{LEAD}\n\n{listing}\n\nposttrain COMMAND --help explains each.")
+        return 0
+    if argv[0] == "--version":
+        print(__version__)
+        return 0
+    module, parser = command_of(argv[0])
     args = parser.parse_args(argv[1:])
     with recording(argv, first=rank() == 0):
         return module.run(args) or 0

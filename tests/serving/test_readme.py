@@ -1,4 +1,4 @@
-"""The curl lines of the README."""
+"""The curl lines of the docs."""
 
 import re
 import shlex
@@ -11,8 +11,8 @@ import pytest
 from posttrain.serving.catalogue import Catalogue
 from tests.serving.conftest import serving
 
-README = Path(__file__).parents[2] / "README.md"
-LINES = re.findall(r"^ +(curl .*)$", README.read_text().replace("\\\n", " "), re.MULTILINE)
+PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
+LINES = re.findall(r"^(curl .*)$", PAGE.read_text().replace("\\\n", " "), re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def url(policy, folders):
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
 @pytest.mark.parametrize("line", LINES)
-def test_a_curl_line_of_the_readme_works(url, line):
+def test_a_curl_line_of_the_docs_works(url, line):
     assert "http://127.0.0.1:8000" in line
     words = shlex.split(line.replace("http://127.0.0.1:8000", url))
     answer = subprocess.run([*words, "--silent", "--fail"], capture_output=True, text=True, timeout=30)
