@@ -56,7 +56,8 @@ def state(out: Path) -> dict[str, Any]:
     """What must be equal: `summary.json` without times, all tables' rows, and all trained weights."""
     summary = _timeless(json.loads((out / "summary.json").read_text()))
     kept = (*out.rglob("*.parquet"), *out.rglob("*.safetensors"))
-    return {"summary": summary, **{str(path.relative_to(out)): hash_files([path]) for path in sorted(kept)}}
+    names = {path.relative_to(out).as_posix(): path for path in kept if "-checkpoints-" not in str(path)}
+    return {"summary": summary, **{name: hash_files([path]) for name, path in sorted(names.items())}}
 
 
 def _timeless(value: Any) -> Any:

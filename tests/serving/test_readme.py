@@ -1,4 +1,4 @@
-"""The curl lines of the docs."""
+"""The curl lines of the README and the docs."""
 
 import re
 import shlex
@@ -11,8 +11,9 @@ import pytest
 from posttrain.serving.catalogue import Catalogue
 from tests.serving.conftest import serving
 
-PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
-LINES = re.findall(r"^(curl .*)$", PAGE.read_text().replace("\\\n", " "), re.MULTILINE)
+PAGES = ("README.md", "docs/serving.md")
+TEXT = "".join((Path(__file__).parents[2] / page).read_text() for page in PAGES)
+LINES = re.findall(r"^(curl .*)$", TEXT.replace("\\\n", " "), re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +32,11 @@ def test_a_curl_line_of_the_docs_works(url, line):
     assert answer.returncode == 0, answer.stderr
     assert "error" not in answer.stdout and answer.stdout.strip()
     if "guidance" in line:
-        assert '"kl"' in answer.stdout and answer.stdout.endswith("data: [DONE]\n\n")
+        assert '"kl"' in answer.stdout
+        assert answer.stdout.endswith("data: [DONE]\n\n") == ("stream" in line)
     if "rerank" in line:
         assert '"scores"' in answer.stdout
 
 
 def test_there_are_curl_lines():
-    assert len(LINES) == 6
+    assert len(LINES) == 7
