@@ -7,12 +7,12 @@ from torch import Tensor
 Scale = Literal["group", "batch", "none"]
 
 
-def advantages(rewards: Tensor, scale: Scale = "none", eps: float = 1e-6, correction: int = 0) -> Tensor:
+def group_advantages(rewards: Tensor, scale: Scale = "group", ddof: int = 1, eps: float = 1e-4) -> Tensor:
     """A = (r - mean of its group) / (s + eps), [prompts, samples].
 
     scale: s is the group's standard deviation, the whole batch's (rows of all ranks), or, Dr. GRPO, nothing is divided.
-    correction: 0 for population deviations, 1 for those of samples (TRL, which adds 1e-4). A reward of NaN was not
-    scored: it enters no mean, and its advantage is 0.
+    ddof: 1 for deviations of samples, 0 for those of populations; the defaults are TRL's. A reward of NaN was not scored: it
+    enters no mean, and its advantage is 0.
 
     With `group`, a factor that all rewards of a group share cancels: alpha of a length penalty does nothing where all
     are right. Errors: ValueError for another scale or shape.
@@ -21,16 +21,16 @@ def advantages(rewards: Tensor, scale: Scale = "none", eps: float = 1e-6, correc
         raise ValueError(f"rewards: must be [prompts, samples], got {list(rewards.shape)}")
     centred = rewards - rewards.nanmean(-1, keepdim=True)
     if scale == "group":
-        centred = centred / (_deviation(rewards, correction) + eps)
+        centred = centred / (_deviation(rewards, ddof) + eps)
     elif scale == "batch":
-        centred = centred / (_deviation(rewards.reshape(1, -1), correction) + eps)
+        centred = centred / (_deviation(rewards.reshape(1, -1), ddof) + eps)
     elif scale != "none":
         raise ValueError(f"scale: must be 'group', 'batch' or 'none', got {scale!r}")
     return centred.nan_to_num(nan=0.0)
 
 
-def _deviation(rows: Tensor, correction: int) -> Tensor:
+def _deviation(rows: Tensor, ddof: int) -> Tensor:
     """Standard deviation of every row's numbers, [rows, 1]; 0 where there are too few."""
     count = (~rows.isnan()).sum(-1, keepdim=True)
     squares = (rows - rows.nanmean(-1, keepdim=True)).square().nansum(-1, keepdim=True)
-    return (squares / (count - correction).clamp(min=1)).sqrt()
+    return (squares / (count - ddof).clamp(min=1)).sqrt()

@@ -28,13 +28,13 @@ def group_gated(
     min_group_accuracy: float = 0.5,
     length_std_floor: float = 0.05,
 ) -> Tensor:
-    """r = `sigmoid` in the groups that `gate` selects, c elsewhere (GRPO-lambda, section 3).
+    """r = `sigmoid_length` in the groups that `gate` selects, c elsewhere (GRPO-lambda, section 3).
 
     Unlike the paper, a group must also be right often enough, whatever its rank, and a spread of lengths below
     `length_std_floor` of their mean counts as that much: one token does not get the force of hundreds.
     """
     gated = gate(correct, finished, gate_fraction, min_group_accuracy)
-    shaped = sigmoid(correct, lengths, finished, alpha, length_std_floor)
+    shaped = sigmoid_length(correct, lengths, finished, alpha, length_std_floor)
     return torch.where(gated[:, None], shaped, _outcomes(correct, lengths, finished)[0])
 
 
@@ -59,7 +59,7 @@ def group_accuracy(correct: Tensor, finished: Tensor) -> Tensor:
     return outcomes.nansum(-1) / scored.clamp(min=1)
 
 
-def sigmoid(
+def sigmoid_length(
     correct: Tensor, lengths: Tensor, finished: Tensor, alpha: float = 0.1, length_std_floor: float = 0.0
 ) -> Tensor:
     """r = c (1 - alpha * sigmoid((l - m) / s)), m and s over a group's c = 1 (Arora & Zanette 2025, arXiv 2502.04463).
@@ -129,7 +129,7 @@ def alp(correct: Tensor, lengths: Tensor, finished: Tensor, beta: float = 1e-7) 
     return outcomes - beta * lengths * accuracy.clamp(min=1 / lengths.shape[1])
 
 
-def linear(correct: Tensor, lengths: Tensor, finished: Tensor, alpha: float = 0.25) -> Tensor:
+def difficulty_linear(correct: Tensor, lengths: Tensor, finished: Tensor, alpha: float = 0.25) -> Tensor:
     """r = c - alpha * p * l / max l (prime-rl)."""
     outcomes, lengths = _outcomes(correct, lengths, finished)
     accuracy = group_accuracy(correct, finished)[:, None].to(lengths.dtype)

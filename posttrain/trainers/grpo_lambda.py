@@ -21,7 +21,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from posttrain.errors import UserError, nearest
 from posttrain.objectives import length
-from posttrain.objectives.advantages import advantages
+from posttrain.objectives.advantages import group_advantages
 from posttrain.objectives.length import gate, group_gated
 from posttrain.trainers.verifiers import Verifier, tolerant
 
@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 PEERS: dict[str, Callable[..., Tensor]] = {
     name: getattr(length, name)
     for name in (
-        *("sigmoid", "kimi", "l1_exact", "l1_max", "soft_overlong"),
-        *("shorter_better", "alp", "linear", "gr3", "cosine"),
+        *("sigmoid_length", "kimi", "l1_exact", "l1_max", "soft_overlong"),
+        *("shorter_better", "alp", "difficulty_linear", "gr3", "cosine"),
     )
 }
 PATIENCE = 10  # generation batches without a finished completion, before it is said
@@ -117,6 +117,12 @@ class GRPOLambdaConfig(GRPOConfig):
                 "'none' makes the length gradient proportional to alpha",
                 stacklevel=2,
             )
+
+    @property
+    def device(self) -> torch.device:
+        """A processor without the number that accelerate gives it on each rank, and torch's loader of checkpoints does not know."""
+        found = super().device
+        return torch.device("cpu") if found.type == "cpu" else found
 
     def _check_options(self) -> None:
         options = self.length_reward_options or {}
@@ -315,8 +321,8 @@ class GRPOLambdaTrainer(GRPOTrainer):
         """What the advantages [prompts, samples] are before their last division, which changes no sign."""
         weights = self.reward_weights.to(rewards.device)
         if self.multi_objective_aggregation == "sum_then_normalize":
-            return advantages((rewards * weights).nansum(-1).view(-1, group))
-        columns = [advantages(column.view(-1, group), "group", 1e-4, correction=1) for column in rewards.T]
+            return group_advantages((rewards * weights).nansum(-1).view(-1, group), "none")
+        columns = [group_advantages(column.view(-1, group)) for column in rewards.T]
         total = sum(weight * column for weight, column in zip(weights, columns, strict=True))
         return total - total.mean()
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from posttrain.objectives.advantages import advantages
+from posttrain.objectives.advantages import group_advantages
 
 NAN = float("nan")
 
@@ -14,6 +14,17 @@ def f64(*values):
 
 def close(found, expected, tolerance=1e-6):
     torch.testing.assert_close(found, torch.as_tensor(expected, dtype=torch.float64), atol=tolerance, rtol=0)
+
+
+def advantages(rewards, scale="none", ddof=0, eps=1e-6):
+    """As the account's vectors have them."""
+    return group_advantages(rewards, scale, ddof, eps)
+
+
+def test_the_defaults_are_trl_s():
+    rewards = f64([1, 0.5, 0, 1])
+    expected = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+    close(group_advantages(rewards), expected, 1e-12)
 
 
 VECTORS = [  # rewards, with std, without
@@ -52,7 +63,7 @@ def test_what_was_not_scored_changes_nothing_for_the_others(scale):
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 @pytest.mark.parametrize("rewards", [[[NAN, NAN]], [[1.0, NAN]], [[1.0]]])
 def test_too_few_rewards_teach_nothing(scale, rewards):
-    close(advantages(f64(*rewards), scale, correction=1), torch.zeros(1, len(rewards[0])))
+    close(advantages(f64(*rewards), scale, ddof=1), torch.zeros(1, len(rewards[0])))
 
 
 def test_bad_arguments_are_named():

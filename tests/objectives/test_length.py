@@ -8,20 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from posttrain.objectives import length
-from posttrain.objectives.advantages import advantages
-from posttrain.objectives.length import gate, group_gated, sigmoid
+from posttrain.objectives.advantages import group_advantages
+from posttrain.objectives.length import gate, group_gated, sigmoid_length
 
 NAN = float("nan")
 ALL = {
     "group_gated": group_gated,
-    "sigmoid": sigmoid,
+    "sigmoid_length": sigmoid_length,
     "kimi": length.kimi,
     "l1_exact": functools.partial(length.l1_exact, target=500),
     "l1_max": functools.partial(length.l1_max, target=500),
     "soft_overlong": length.soft_overlong,
     "shorter_better": length.shorter_better,
     "alp": length.alp,
-    "linear": length.linear,
+    "difficulty_linear": length.difficulty_linear,
     "gr3": length.gr3,
     "cosine": length.cosine,
 }
@@ -43,6 +43,11 @@ def of(reward, lengths, correct, **options):
     """Rewards of one finished group."""
     correct = f64(correct)
     return reward(correct, f64(lengths), done(correct), **options)[0]
+
+
+def advantages(rewards, scale="none", ddof=0, eps=1e-6):
+    """As the account's vectors have them."""
+    return group_advantages(rewards, scale, ddof, eps)
 
 
 # -- vectors: five groups of four
@@ -97,10 +102,10 @@ def test_accurate_groups_keep_their_correctness():
 
 
 def test_the_deviation_of_samples():
-    found = advantages(f64([0.958552, 0.921995, 0.878005, 0.841448]), "group", correction=1)
+    found = advantages(f64([0.958552, 0.921995, 0.878005, 0.841448]), "group", ddof=1)
     close(found[0], [1.146495, 0.430686, -0.430686, -1.146495], 2e-5)  # from rewards of six digits
     exact = of(group_gated, *GROUPS["A"], gate_fraction=1)
-    close(advantages(exact[None], "group", correction=1)[0], [1.146495, 0.430686, -0.430686, -1.146495])
+    close(advantages(exact[None], "group", ddof=1)[0], [1.146495, 0.430686, -0.430686, -1.146495])
 
 
 def test_a_single_correct_completion_pays_half_alpha():
@@ -121,7 +126,7 @@ def test_equal_lengths_all_correct_have_no_advantage():
 
 
 PEERS = {
-    "sigmoid": (sigmoid, {"alpha": 0.2}, [0.948883, 0.913284, 0, 0.841624]),
+    "sigmoid_length": (sigmoid_length, {"alpha": 0.2}, [0.948883, 0.913284, 0, 0.841624]),
     "kimi": (length.kimi, {}, [1.5, 1.166667, -0.166667, 0.5]),
     "l1_exact": (length.l1_exact, {"target": 500}, [0.91, 0.97, -0.03, 0.91]),
     "l1_max": (length.l1_max, {"target": 500}, [0.59, 0.53, 0, 0.41]),
@@ -131,7 +136,7 @@ PEERS = {
     "alp": (length.alp, {"beta": 1e-4}, [0.985, 0.97, -0.045, 0.94]),
     "gr3": (length.gr3, {}, [0.883392, 0.791139, 0, 0.654450]),
     "cosine": (length.cosine, {"max_length": 1000}, [1.904508, 1.654508, -3.454915, 1.095492]),
-    "linear": (length.linear, {}, [0.953125, 0.90625, -0.140625, 0.8125]),
+    "difficulty_linear": (length.difficulty_linear, {}, [0.953125, 0.90625, -0.140625, 0.8125]),
 }
 
 

@@ -154,10 +154,10 @@ def test_one_step_of_every_peer(tmp_path):
 
 
 def test_a_peer_waits_and_grows_with_the_schedule(tmp_path):
-    made = trainer(tmp_path, length_reward="linear", penalty_warmup_steps=5, alpha_ramp_steps=4)
+    made = trainer(tmp_path, length_reward="difficulty_linear", penalty_warmup_steps=5, alpha_ramp_steps=4)
     made.model.train()
     assert [alpha for _, alpha in strengths(made, (4, 5, 6, 8, 90))] == [0, 0.25, 0.5, 1, 1]
-    without = trainer(tmp_path, length_reward="linear", gate_fraction=0.0)
+    without = trainer(tmp_path, length_reward="difficulty_linear", gate_fraction=0.0)
     without.model.train()
     assert strengths(without, [90]) == [(0, 0)]
 
@@ -169,7 +169,7 @@ def test_a_peer_waits_and_grows_with_the_schedule(tmp_path):
         ("l1_exact", None, "length_reward_options: l1_exact: .*'target'"),
         ("gr3", {"beta": 1}, "length_reward_options.beta: gr3 has alpha"),
         ("gr3", {"alpha": "much"}, "length_reward_options.alpha: must be a number, got 'much'"),
-        ("sigmoid", {"alpha": 2}, "length_reward_options: sigmoid: alpha: must lie in"),
+        ("sigmoid_length", {"alpha": 2}, "length_reward_options: sigmoid_length: alpha: must lie in"),
         ("group_gated", {"alpha": 0.1}, "length_reward_options: group_gated has none"),
         ("gr3", 3, "length_reward_options: must be a mapping, got 3"),
     ],
@@ -400,6 +400,7 @@ def test_two_ranks_choose_the_gate_that_one_would(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     reports = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert reports[0]["rewards"] == reports[1]["rewards"]
+    assert reports[0]["same_prompt"] != reports[1]["same_prompt"]  # of different seeds
     for step, rewards in enumerate(reports[0]["rewards"]):
         correct, lengths = (
             torch.tensor(reports[0][name][step] + reports[1][name][step]).view(-1, 4) for name in ("correct", "lengths")
