@@ -27,6 +27,8 @@ def run(args: argparse.Namespace) -> None:
     config = build(grpo_lambda.GRPOLambdaRunConfig, {**read_yaml(args.config), **overrides})
     begin(config.out, config, args.report_to)
     result = grpo_lambda.run(config)
+    if result is None:  # one of several processes, and not the first
+        return
     grpo_lambda.publish(
         result,
         f"GRPO-lambda: {config.model} on {config.data}",

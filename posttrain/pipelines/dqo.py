@@ -277,7 +277,7 @@ def _learn(
             num_train_epochs=config.epochs,
             per_device_train_batch_size=config.batch_size,
             gradient_accumulation_steps=config.accumulation,
-            use_cpu=ranks.device == "cpu",
+            use_cpu=ranks.use_cpu,
             logging_steps=10,
             save_strategy="steps",
             save_steps=50,
@@ -303,7 +303,7 @@ def _learn(
         "completions": len(examples),
         "last": log[-1] if log else {},
         "seconds": time.perf_counter() - started,
-        "processes": ranks.count,
+        "processes": trainer.args.world_size,
         "versions": versions(),
     }
     if ranks.first:

@@ -2,22 +2,25 @@
 
     test/             rollout table of the starting policy on test problems
     ARM/              a trained policy, an ordinary folder: `grpo_lambda`, and what one compares it with: `grpo` (no length
-                      term), `plain` (its alpha on every group, without floors)
+                      term), `plain` (its alpha on every group, without floors; or the peer that `training.trl.length_reward` names)
     ARM-test/         its rollout table on the same problems
     summary.json, report.html
 
 What is finished is not made again; an interrupted training continues from its last checkpoint as if it had not been
-interrupted (but see the trainer's `eval_on_start`: a resumed run looks at the validation problems once more).
-One process only.
+interrupted (but see the trainer's `eval_on_start`: a resumed run looks at the validation problems once more). Of several
+processes (`accelerate launch`) the first measures, and all sample and train.
 """
 
 import dataclasses
 import json
+import math
 import shutil
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,11 +31,13 @@ from posttrain.evaluation.arms import Arm, policy_arm, sampled_arms
 from posttrain.evaluation.intervals import paired_comparison
 from posttrain.evaluation.plots import length_histogram, step_curves
 from posttrain.evaluation.report import Figure, write_report
-from posttrain.models.load import Policy, load_model, set_aside
+from posttrain.models.load import Policy, load_model, load_tokenizer, set_aside
+from posttrain.pipelines.ranks import Ranks, release
 from posttrain.pipelines.rollout import RolloutConfig, check_overlap, lengths_by_verdict, rollout
 from posttrain.pipelines.value_training import last_checkpoint
 from posttrain.provenance import hash_json, plain, versions, write_json
 from posttrain.rewards.math import grade
+from posttrain.rollouts.collect import reserved
 from posttrain.rollouts.engine import Sampling
 from posttrain.rollouts.table import RolloutTable, read_table
 
@@ -79,7 +84,7 @@ class GRPOLambdaTraining:
     steps: int = field(default=60, metadata={"help": "optimiser steps"})
     prompts_per_step: int = field(default=32, metadata={"help": "groups per step"})
     samples: int = field(default=8, metadata={"help": "completions per group"})
-    batch_size: int = field(default=64, metadata={"help": "completions per forward"})
+    batch_size: int = field(default=64, metadata={"help": "completions per forward and device"})
     temperature: float = field(default=1.0, metadata={"help": "of training's completions"})
     max_tokens: int = field(default=192, metadata={"help": "at most so many per completion"})
     bf16: bool = field(default=False, metadata={"help": "bfloat16 forward"})
@@ -138,6 +143,8 @@ class GRPOLambdaRunConfig:
             raise UserError(f"validation_prompts: must not be negative, got {self.validation_prompts}")
         if not self.arms or len(set(self.arms)) != len(self.arms):
             raise UserError(f"arms: must be different ones of {', '.join(ARMS)}, got {list(self.arms)}")
+        if "length_reward" in self.training.trl and "plain" not in self.arms:
+            raise UserError("training.trl.length_reward: stands in the place of the plain penalty; add plain to arms")
         for name in ("train_split", "validation_split"):
             if getattr(self, name) == self.test_split and (name == "train_split" or self.validation_prompts):
                 raise UserError(f"test_split: {self.test_split} is the {name} too; measure on another one")
@@ -170,11 +177,14 @@ def correctness(completions: Sequence[Any], answer: Sequence[str], **_: Any) -> 
 
 def run(
     config: GRPOLambdaRunConfig, say: Callable[[str], None] = print, tables_in: Path | None = None
-) -> GRPOLambdaRun:
-    """tables_in: the folder of a `test` that may have more completions of each prompt; default: the run's own.
+) -> GRPOLambdaRun | None:
+    """What the first process measured; None in the others. tables_in: the folder of a `test` that may have more completions
+    of each prompt; default: the run's own.
 
     Errors: UserError naming the field, before anything is sampled where that is possible.
     """
+    ranks = Ranks(config.device)
+    say = say if ranks.first else _silent
     out = Path(config.out)
     rows = training_rows(config)
     held_out = (
@@ -183,27 +193,39 @@ def run(
     plan = _plan(config, config.test_split, config.test_prompts)
     test_rows = plan.rows()
     check_overlap([*rows, *held_out], test_rows)
-    policy = load_model(config.model, config.device, "float32")
-    for name in config.arms:
-        arguments(config, name, out, policy.model.device.type == "cpu")  # refused now, not after a minute of sampling
+    for arm in config.arms:
+        arguments(config, arm, out, ranks.use_cpu, ranks.count)  # refused now, not after a minute of sampling
+    policy = load_model(config.model, ranks.device, "float32") if ranks.first else load_tokenizer(config.model)
     say(f"{config.test_split}: {config.test_samples} completions of each of {len(test_rows)} prompts")
-    tables = {
-        "base": read_table(tables_in / "test")
-        if tables_in
-        else rollout(policy, plan, test_rows, out / "test", resume=True, say=say)
-    }
-    base = tables["base"]
+    base = ranks.alone(
+        lambda: (
+            read_table(tables_in / "test")
+            if tables_in
+            else rollout(policy, plan, test_rows, out / "test", resume=True, say=say)
+        )
+    )
+    training: dict[str, dict[str, Any]] = {}
+    trained: dict[str, RolloutTable | None] = {}
+    for arm in config.arms:
+        say(f"{ARMS[arm][0]}: {config.training.steps} steps")
+        with reserved(out / arm) if ranks.first else nullcontext():
+            training[arm] = train(policy, config, arm, rows, held_out, ranks)
+        trained[arm] = ranks.alone(partial(_measured, config, ranks, arm, plan, test_rows))
+    if base is None:
+        return None
+    tables = {"base": base} | {name: table for name, table in trained.items() if table is not None}
     lengths = [[len(ids) for ids in row] for row in base.rectangle("completion_ids")]
     arms = sampled_arms(base.rectangle("correct"), base.rectangle("extracted"), lengths, base.manifest["seconds"])
-    training: dict[str, dict[str, Any]] = {}
-    for name in config.arms:
-        title = ARMS[name][0]
-        say(f"{title}: {config.training.steps} steps")
-        training[name] = made = train(policy, config, name, rows, held_out)
-        after = load_model(str(out / name), config.device, "float32")
-        tables[name] = rollout(after, plan, test_rows, out / f"{name}-test", resume=True, say=_silent)
-        arms[name] = policy_arm(name, title, tables[name], made["seconds"])
+    for name, made in training.items():
+        arms[name] = policy_arm(name, ARMS[name][0], tables[name], made["seconds"])
     return GRPOLambdaRun(config, policy, arms, training, tables)
+
+
+def _measured(
+    config: GRPOLambdaRunConfig, ranks: Ranks, arm: str, plan: RolloutConfig, rows: Sequence[Row]
+) -> RolloutTable:
+    policy = load_model(str(Path(config.out) / arm), ranks.device, "float32")
+    return rollout(policy, plan, rows, Path(config.out) / f"{arm}-test", resume=True, say=_silent)
 
 
 def training_rows(config: GRPOLambdaRunConfig) -> list[Row]:
@@ -212,10 +234,16 @@ def training_rows(config: GRPOLambdaRunConfig) -> list[Row]:
 
 
 def train(
-    policy: Policy, config: GRPOLambdaRunConfig, arm: str, rows: Sequence[Row], held_out: Sequence[Row]
+    policy: Policy,
+    config: GRPOLambdaRunConfig,
+    arm: str,
+    rows: Sequence[Row],
+    held_out: Sequence[Row],
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """Trains one arm and saves it; what was made by the same settings is kept. The policy's own model is left as it was.
 
+    ranks: those that train, all of which call this; default: this process alone, on the policy's device.
     Returns what `made_by.json` says. Errors: UserError naming `out` for a folder that other settings made.
     """
     folder = Path(config.out) / arm
@@ -230,22 +258,23 @@ def train(
                 f"out: {folder} was trained on other problems or with other settings; delete it, or give another out"
             )
         return made
-    device = policy.model.device
-    with set_aside(policy):  # a GPU has room for what training needs, not for another policy
-        return _learn(policy, device, config, arm, rows, held_out, key)
+    ranks = ranks or Ranks(str(policy.model.device))
+    with set_aside(policy) if ranks.first else nullcontext():  # a GPU has room for training's model, not for two
+        return _learn(policy, ranks, config, arm, rows, held_out, key)
 
 
 def _learn(
     policy: Policy,
-    device: Any,
+    ranks: Ranks,
     config: GRPOLambdaRunConfig,
     arm: str,
     rows: Sequence[Row],
     held_out: Sequence[Row],
     key: str,
 ) -> dict[str, Any]:
-    folder, cpu = Path(config.out) / arm, device.type == "cpu"
+    folder = Path(config.out) / arm
     from datasets import Dataset  # with the trainer below, seconds of import
+    from transformers.integrations import is_deepspeed_zero3_enabled
 
     from posttrain.trainers.follow import follow
     from posttrain.trainers.grpo_lambda import GRPOLambdaTrainer
@@ -256,27 +285,27 @@ def _learn(
         Dataset.from_list([{"prompt": messages_for(row, template), "answer": row["answer"]} for row in part])
         for part in (rows, held_out)
     )
-    scratch = folder.with_name(f"{folder.name}-checkpoints-{key[:12]}")
-    start = load_model(policy.name, str(device), "float32")
+    launch = ranks.launch if ranks.deepspeed else []  # otherwise a checkpoint goes on in any number of processes
+    scratch = folder.with_name(f"{folder.name}-checkpoints-{hash_json([key, *launch])[:12]}")
+    start = load_model(policy.name, ranks.device, "float32")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "You are using 'rollout_func'")
         trainer = GRPOLambdaTrainer(
             start.model,
             correctness,
-            arguments(config, arm, scratch, cpu),
+            arguments(config, arm, scratch, ranks.use_cpu, ranks.count),
             train_set,
             eval_set if held_out else None,
             processing_class=start.tokenizer,
             peft_config=_adapter(config.training),
-            rollout_func=_rollouts(config, cpu),
+            rollout_func=_rollouts(config, ranks.device == "cpu"),
         )
     follow(trainer, folder)
     trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
+    # Of all ranks together, where each has but a part of the weights, whether or not the launcher thought of saving.
+    whole = trainer.model_wrapped._zero3_consolidated_16bit_state_dict() if is_deepspeed_zero3_enabled() else None
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if config.training.lora_rank:
-        model = model.merge_and_unload()
-    model.save_pretrained(folder)
-    start.tokenizer.save_pretrained(folder)
+    release(trainer)
     made = {
         "key": key,
         "policy": policy.fingerprint,
@@ -284,10 +313,16 @@ def _learn(
         "seed": config.seed,
         "log": trainer.state.log_history,
         "seconds": time.perf_counter() - started,
+        "processes": trainer.args.world_size,
         "versions": versions(),
     }
-    write_json(folder / MADE_BY, made)
-    shutil.rmtree(scratch, ignore_errors=True)
+    if ranks.first:
+        if config.training.lora_rank:
+            model = model.merge_and_unload()
+        model.save_pretrained(folder, state_dict=whole)
+        start.tokenizer.save_pretrained(folder)
+        write_json(folder / MADE_BY, made)
+        shutil.rmtree(scratch, ignore_errors=True)
     return made
 
 
@@ -336,14 +371,24 @@ def comparisons(result: GRPOLambdaRun) -> dict[str, dict[str, Any]]:
 
 
 def _settings(config: GRPOLambdaRunConfig, arm: str) -> GRPOLambdaTraining:
-    return replace(config.training, **ARMS[arm][1])
+    training = replace(config.training, **ARMS[arm][1])
+    if arm != "plain":  # a peer stands in its place alone
+        own = {name: value for name, value in training.trl.items() if not name.startswith("length_reward")}
+        training = replace(training, trl=own)
+    return training
 
 
-def arguments(config: GRPOLambdaRunConfig, arm: str, folder: Path, cpu: bool) -> Any:
-    """The trainer's configuration. Errors: UserError naming the field."""
+def arguments(config: GRPOLambdaRunConfig, arm: str, folder: Path, use_cpu: bool, processes: int = 1) -> Any:
+    """The trainer's configuration in each of so many processes. Errors: UserError naming the field."""
     from posttrain.trainers.grpo_lambda import GRPOLambdaConfig
 
     settings = _settings(config, arm)
+    completions, together = settings.prompts_per_step * settings.samples, settings.batch_size * processes
+    if completions % together:
+        raise UserError(
+            f"training.batch_size: in {processes} processes {together} completions go forward at once; that must divide "
+            f"prompts_per_step * samples, {completions}"
+        )
     own = {
         RENAMED.get(entry.name, entry.name): getattr(settings, entry.name)
         for entry in dataclasses.fields(settings)
@@ -351,16 +396,16 @@ def arguments(config: GRPOLambdaRunConfig, arm: str, folder: Path, cpu: bool) ->
     }
     own |= {
         "output_dir": str(folder),
-        "gradient_accumulation_steps": settings.prompts_per_step * settings.samples // settings.batch_size,
+        "gradient_accumulation_steps": completions // together,
         "seed": config.seed,
-        "use_cpu": cpu,
+        "use_cpu": use_cpu,
     }
     if config.validation_prompts:
         samples = config.validation_samples
         own |= {"eval_strategy": "steps", "eval_steps": config.validation_steps, "eval_on_start": True}
         own |= {
             "num_generations_eval": samples,
-            "per_device_eval_batch_size": samples * min(config.validation_prompts, 64),
+            "per_device_eval_batch_size": samples * min(math.ceil(config.validation_prompts / processes), 64),
         }
     known = {entry.name for entry in dataclasses.fields(GRPOLambdaConfig) if entry.init} - set(own)
     for name in settings.trl:
@@ -370,9 +415,12 @@ def arguments(config: GRPOLambdaRunConfig, arm: str, folder: Path, cpu: bool) ->
     quiet = {"report_to": "none", "disable_tqdm": True, "logging_steps": 1}
     saving = {"save_strategy": "steps", "save_steps": 20, "save_total_limit": 2}
     try:
-        return GRPOLambdaConfig(**{**quiet, **saving, **own, **settings.trl})
+        made = GRPOLambdaConfig(**{**quiet, **saving, **own, **settings.trl})
     except (ValueError, TypeError) as error:
         raise UserError(f"training: {' '.join(str(error).split())}") from None
+    if settings.lora_rank and made.deepspeed_plugin is not None and made.deepspeed_plugin.zero_stage == 3:
+        raise UserError("training.lora_rank: adapters cannot be merged under ZeRO-3; use ZeRO-2")
+    return made
 
 
 def _rollouts(config: GRPOLambdaRunConfig, cpu: bool) -> Any:

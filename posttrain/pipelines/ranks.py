@@ -48,10 +48,18 @@ class Ranks:
             raise UserError(f"device: {device} would be that of all {self.count} processes; leave it out, or give cpu")
         from accelerate import PartialState
 
-        # As transformers' TrainingArguments make it: DeepSpeed finds its device by itself, and a `cpu` would hide it.
-        deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-        self.device = str((PartialState() if deepspeed else PartialState(cpu=self.device == "cpu")).device)
+        device = str(PartialState(cpu=self.use_cpu).device)
+        self.device = "cpu" if device.startswith("cpu") else device  # accelerate numbers processors too
         self._waiting = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+
+    @property
+    def deepspeed(self) -> bool:
+        return os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+
+    @property
+    def use_cpu(self) -> bool:
+        """What transformers' TrainingArguments are to be told. DeepSpeed finds its device by itself; this would hide it."""
+        return self.device == "cpu" and not self.deepspeed
 
     @property
     def launch(self) -> list[Any]:

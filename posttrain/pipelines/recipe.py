@@ -154,7 +154,7 @@ def check(command: str, config: Any, launch: Launch = Launch()) -> None:  # noqa
     if command == "grpo-lambda":
         _check_lengths("training.max_tokens", config.training.max_tokens, model)
         for arm in config.arms:
-            arguments(config, arm, Path(config.out), cpu=True)
+            arguments(config, arm, Path(config.out), True, launch.ranks)
     for part, name in (("training", "lora_rank"), ("training", "value_lora_rank"), ("value", "lora_rank")):
         if launch.zero == 3 and getattr(getattr(config, part, None), name, None):
             raise UserError(f"{part}.{name}: adapters cannot be merged under ZeRO-3; launch it with zero2.yaml")

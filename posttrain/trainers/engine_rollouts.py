@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from trl.models import unwrap_model_for_generation
 
 from posttrain.data.prompts import Message, render
 from posttrain.rollouts.engine import Request, Sampling
@@ -17,11 +18,10 @@ Rollouts = Callable[[list[list[Message]], Any], dict[str, list[list[int]] | None
 
 def engine_rollouts(slots: int = 64) -> Rollouts:
     """What to give a GRPOTrainer as `rollout_func`. Prompts are conversations; temperature, top-p, top-k and the token
-    limit are the trainer's. Seeds are drawn from torch's generator, which checkpoints keep and ranks seed differently."""
+    limit are the trainer's. Seeds are drawn from torch's generator, which checkpoints keep and ranks seed differently.
+    Under ZeRO-3 every rank has all weights while it samples: ranks that end at different times wait for no other's."""
 
     def rollouts(prompts: list[list[Message]], trainer: Any) -> dict[str, list[list[int]] | None]:
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        engine = TransformersEngine(model, fingerprint="in training", slots=slots, eos_ids=trainer.eos_token_ids)
         seeds = torch.randint(2**62, (len(prompts),)).tolist()
         prompt_ids = [render(trainer.processing_class, prompt) for prompt in prompts]
         requests = [
@@ -39,8 +39,14 @@ def engine_rollouts(slots: int = 64) -> Rollouts:
             for i, (ids, seed) in enumerate(zip(prompt_ids, seeds, strict=True))
         ]
         found: list[list[int]] = [[] for _ in requests]
-        for completion in engine.generate(requests):
-            found[completion.request_id] = list(completion.ids)
+        with unwrap_model_for_generation(
+            trainer.model_wrapped,
+            trainer.accelerator,
+            gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
+        ) as model:
+            engine = TransformersEngine(model, fingerprint="in training", slots=slots, eos_ids=trainer.eos_token_ids)
+            for completion in engine.generate(requests):
+                found[completion.request_id] = list(completion.ids)
         return {"prompt_ids": prompt_ids, "completion_ids": found, "logprobs": None}
 
     return rollouts

@@ -55,6 +55,7 @@ def study(config: GRPOLambdaRunConfig, seeds: Sequence[int], out: Path) -> dict[
     results = {}
     for seed in seeds:
         result = run(replace(config, out=str(out / f"seed-{seed}"), seed=seed))
+        assert result is not None  # of one process
         publish(result, f"GRPO-lambda, seed {seed}", f"One of the seeds of {config.data}'s study.")
         results[str(seed)] = measure(result)
     results["all"] = {arm: pooled([arms[arm] for arms in results.values()]) for arm in results[str(seeds[0])]}

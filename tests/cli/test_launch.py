@@ -21,39 +21,22 @@ DQO = {
 }
 
 
-def launched(folder: Path, config: dict, *options: str, command: str = "dqo") -> subprocess.CompletedProcess[str]:
+def line(folder: Path, config: dict, *options: str, command: str) -> tuple[list[str], dict]:
+    """The command in two processes, and what to start it with. options: of `accelerate launch`; without any it is `torchrun`."""
     folder.mkdir(exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(config))
     launch = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
     if options:
-        launch = [
-            "accelerate.commands.launch",
-            "--num_processes",
-            "2",
-            "--num_machines",
-            "1",
-            "--mixed_precision",
-            "no",
-        ]
-        launch += ["--dynamo_backend", "no", "--main_process_port", str(free_port()), *options]
-    return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            *launch,
-            "-m",
-            "posttrain",
-            command,
-            "--config",
-            str(folder / "recipe.yaml"),
-            "--out",
-            str(folder / "run"),
-        ],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
-        timeout=900,
-    )
+        launch = ["accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
+        launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())]
+    own = ["-m", "posttrain", command, "--config", str(folder / "recipe.yaml"), "--out", str(folder / "run")]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    return [sys.executable, "-m", *launch, *options, *own], {"env": env, "text": True}
+
+
+def launched(folder: Path, config: dict, *options: str, command: str = "dqo") -> subprocess.CompletedProcess[str]:
+    words, settings = line(folder, config, *options, command=command)
+    return subprocess.run(words, capture_output=True, timeout=900, **settings)
 
 
 @pytest.mark.deepspeed

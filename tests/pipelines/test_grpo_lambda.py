@@ -12,7 +12,7 @@ from posttrain.cli.main import main
 from posttrain.config import build, read_yaml
 from posttrain.errors import UserError
 from posttrain.pipelines import grpo_lambda
-from posttrain.pipelines.grpo_lambda import GRPOLambdaRunConfig, GRPOLambdaTraining, correctness, run
+from posttrain.pipelines.grpo_lambda import GRPOLambdaRunConfig, GRPOLambdaTraining, arguments, correctness, run
 
 SMALL = GRPOLambdaRunConfig(
     out="",
@@ -111,6 +111,24 @@ def test_an_interrupted_training_continues_from_its_checkpoint_to_the_same_polic
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
 
 
+def test_a_peer_stands_in_the_place_of_the_plain_penalty_alone(tmp_path):
+    peer = {"length_reward": "kimi", "length_reward_options": {"weight": 2.0}}
+    config = replace(SMALL, arms=("grpo", "plain", "grpo_lambda"), training=replace(SMALL.training, trl=peer))
+    made = {arm: arguments(config, arm, tmp_path, use_cpu=True) for arm in config.arms}
+    assert {arm: args.length_reward for arm, args in made.items()} == {
+        **{"grpo": "group_gated", "plain": "kimi", "grpo_lambda": "group_gated"}
+    }
+    assert made["plain"].length_reward_options == {"weight": 2.0}
+
+
+def test_processes_share_what_a_step_takes(tmp_path):
+    config = replace(SMALL, training=replace(SMALL.training, prompts_per_step=6))
+    made = {count: arguments(config, "grpo", tmp_path, True, count) for count in (1, 2)}
+    assert {count: args.gradient_accumulation_steps for count, args in made.items()} == {1: 4, 2: 2}
+    with pytest.raises(UserError, match="training.batch_size: in 5 processes 30 completions go forward at once"):
+        arguments(config, "grpo", tmp_path, True, 5)
+
+
 def test_the_reward_grades_the_answer():
     completions = [[{"role": "assistant", "content": text}] for text in ("2+2=(4.)4;#### 4", "#### 5", "no idea")]
     assert correctness(completions, ["4"] * 3) == [1.0, 0.0, 0.0]
@@ -133,6 +151,14 @@ def test_the_recipes_are_ones(recipe):
             "training.trl.use_vlm: no argument of TRL's GRPOConfig (did you mean use_vllm",
         ),
         ("training: {trl: {max_steps: 3}}", "training.trl.max_steps: is a setting of ours"),
+        (
+            "training: {trl: {length_reward: kimi}}",
+            "training.trl.length_reward: stands in the place of the plain penalty",
+        ),
+        (
+            "arms: [plain]\ntraining: {trl: {length_reward: l1_exact}}",
+            "length_reward_options: l1_exact: ",
+        ),
         ("arms: [grpo, grpo]", "arms: must be different ones"),
         ("arms: [ppo]", "arms[0]: must be one of grpo, plain, grpo_lambda, got 'ppo'"),
         ("test_split: train", "test_split: train is the train_split too"),

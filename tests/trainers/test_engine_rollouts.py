@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from posttrain.data import arithmetic
 from posttrain.data.prompts import messages_for, render
@@ -19,8 +20,9 @@ def policy():
 def trainer(policy, **changes):
     settings = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_completion_length": 60}
     return SimpleNamespace(
-        accelerator=SimpleNamespace(unwrap_model=lambda model: model),
-        model=policy.model,
+        accelerator=Accelerator(cpu=True),
+        model_wrapped=policy.model,
+        args=SimpleNamespace(gradient_checkpointing_kwargs=None),
         processing_class=policy.tokenizer,
         eos_token_ids=[policy.tokenizer.eos_token_id],
         **{**settings, **changes},

@@ -1,4 +1,5 @@
 """A few steps of GRPO-lambda on two gloo ranks with six completions each, in groups of four: the middle one straddles them.
+Completions are our engine's; at the end all ranks sample the same prompt.
 
 torchrun --nproc_per_node 2 tests/trainers/two_ranks_grpo.py OUT
 """
@@ -10,6 +11,7 @@ from pathlib import Path
 from test_grpo_lambda import arguments, data, verdicts
 
 from posttrain.models.load import load_model
+from posttrain.trainers.engine_rollouts import engine_rollouts
 from posttrain.trainers.grpo_lambda import GRPOLambdaConfig, GRPOLambdaTrainer
 
 
@@ -29,8 +31,12 @@ def main(out: Path) -> None:
             report["finished"].append([x[-1] in self.eos_token_ids for x in ids])
             return rewards
 
-    trainer = Recording(policy.model, verdicts, args, data(24), processing_class=policy.tokenizer)
+    rollouts = engine_rollouts()
+    trainer = Recording(
+        policy.model, verdicts, args, data(24), processing_class=policy.tokenizer, rollout_func=rollouts
+    )
     trainer.train()
+    report["same_prompt"] = rollouts([data(1)[0]["prompt"]] * 4, trainer)["completion_ids"]
     keys = ("accuracy", "gate/fraction", "gate/accuracy", "reward")
     log = [{key: entry[key] for key in keys} for entry in trainer.state.log_history if "reward" in entry]
     (out / f"rank{trainer.accelerator.process_index}.json").write_text(json.dumps({**report, "log": log}))
