@@ -11,6 +11,7 @@ Ragged rows take a boolean mask [prompts, samples]; a masked entry may hold NaN 
 neither. Rows with no valid entry are left out of every mean; a mean over nothing is 0.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -99,3 +100,25 @@ def _valid_rows(scores: Tensor, rewards: Tensor, mask: Tensor | None) -> tuple[T
         mask = torch.ones_like(scores, dtype=torch.bool)
     rows = mask.any(-1)
     return scores[rows], rewards[rows], mask[rows]
+
+
+def best_of_n(
+    scores: Tensor,
+    baseline: Tensor | None = None,
+    min_advantage: float = 0.0,
+    head_reduce: Literal["min", "mean", "max"] = "min",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Digi-Q's extraction (arXiv 2502.15760): which sample of each prompt to imitate, its advantage, and whether that is above
+    `min_advantage`; all [prompts], ties to the first.
+
+    scores: [heads, prompts, samples]; baseline: V [heads, prompts], None: the mean of a head's scores. Heads are reduced before
+    the difference: of 16 equal samples the best seems .09 better by the `min` of two heads with noise .1, .21 by the `max`.
+    Errors: ValueError for another `head_reduce`.
+    """
+    reductions: dict[str, Callable[..., Tensor]] = {"min": torch.amin, "mean": torch.mean, "max": torch.amax}
+    if head_reduce not in reductions:
+        raise ValueError(f"head_reduce: must be 'min', 'mean' or 'max', got {head_reduce!r}")
+    reduce, baseline = reductions[head_reduce], scores.mean(-1) if baseline is None else baseline
+    scores, baseline = reduce(scores, 0), reduce(baseline, 0)
+    advantages, chosen = (scores - baseline.unsqueeze(-1)).max(-1)
+    return chosen, advantages, advantages > min_advantage

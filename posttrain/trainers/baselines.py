@@ -96,12 +96,23 @@ def rejection_trainer(
     model: Any, tokenizer: Any, examples: Sequence[Example], settings: BaselineTraining, folder: Path, seed: int = 0
 ) -> Any:
     """TRL's SFTTrainer on the right completions. Errors: as `right_rows`."""
-    rows = right_rows(examples)
+    return sft_trainer(model, tokenizer, right_rows(examples), settings, folder, seed)
+
+
+def sft_trainer(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[dict[str, list[int]]],
+    settings: BaselineTraining,
+    folder: Path,
+    seed: int = 0,
+) -> Any:
+    """TRL's SFTTrainer on rows of `input_ids` and `labels`, as `right_rows` and `distil.bon_distill` make them."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     arguments = SFTConfig(**_arguments(model, settings, folder, seed), train_sampling_strategy="group_by_length")
-    return SFTTrainer(model, arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    return SFTTrainer(model, arguments, train_dataset=Dataset.from_list(list(rows)), processing_class=tokenizer)
 
 
 def dpo_trainer(

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain.decoding.rerank import chunked_value
-from posttrain.objectives.qprobe import policy_loss, policy_value, preference_loss, reward_loss, select
+from posttrain.objectives.qprobe import best_of_n, policy_loss, policy_value, preference_loss, reward_loss, select
 
 NAN = float("nan")
 LOSSES = {
@@ -398,3 +398,31 @@ def test_constants_added_to_scores_or_rewards_change_nothing_but_the_value(score
     (plain,) = torch.autograd.grad(policy_loss(scores, rewards, 0.5), scores)
     (moved,) = torch.autograd.grad(policy_loss(scores + score_shift, rewards + reward_shift, 0.5), scores)
     torch.testing.assert_close(moved, plain, atol=1e-9, rtol=0)
+
+
+# adjacent to Q-Probe: Digi-Q's worked example, of one prompt with four candidates and twin heads
+TWINS = torch.tensor([[[0.45, 0.62, 0.58, 0.40]], [[0.40, 0.55, 0.66, 0.48]]], dtype=torch.float64)
+VALUES = torch.tensor([[0.50], [0.52]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("reduce", "advantage", "kept"), [("max", 0.14, (True, True)), ("min", 0.08, (True, False))])
+def test_vector_best_of_n_by_twin_heads(reduce, advantage, kept):
+    for threshold, expected in zip((0.05, 0.10), kept, strict=True):
+        chosen, found, above = best_of_n(TWINS, VALUES, threshold, reduce)
+        assert (chosen.tolist(), above.tolist()) == ([2], [expected])
+        assert found.item() == pytest.approx(advantage, abs=1e-12)
+
+
+@pytest.mark.parametrize(("reduce", "expected"), [("max", 0.207), ("min", 0.085)])
+def test_the_min_of_two_noisy_heads_believes_least_in_the_best_of_equals(reduce, expected):
+    noise = 0.1 * torch.randn(2, 20_000, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    _, advantages, _ = best_of_n(noise, torch.zeros(2, 20_000, dtype=torch.float64), 0.0, reduce)
+    assert advantages.mean().item() == pytest.approx(expected, abs=0.002)
+
+
+def test_best_of_n_against_the_mean_of_the_samples():
+    scores = torch.tensor([[[1.0, 3.0, 2.0], [5.0, 5.0, 5.0]]])
+    chosen, advantages, kept = best_of_n(scores)
+    assert (chosen.tolist(), advantages.tolist(), kept.tolist()) == ([1, 0], [1.0, 0.0], [True, False])
+    with pytest.raises(ValueError, match="head_reduce"):
+        best_of_n(scores, head_reduce="median")
