@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from posttrain.errors import UserError
+from posttrain.models.actor_critic import prefix_values
 from posttrain.models.features import hidden_features
 from posttrain.models.load import end_ids
 from posttrain.models.probe import Probe
+from posttrain.models.value import ValueModel
 from posttrain.objectives.qprobe import policy_value, select
 
 if TYPE_CHECKING:
@@ -43,6 +45,20 @@ class Reranker:
         """Which completion to keep (drawn by softmax at `beta`; 0 is the argmax, ties to the first), and all scores."""
         scores = self.score(prompt_ids, completions)
         return int(select(scores[None], beta, generator)), scores
+
+
+class CriticReranker(Reranker):
+    """A policy and DQO's value model: a completion's score is V before its end token, which is what it will be paid there."""
+
+    def __init__(self, policy: "Policy", critic: ValueModel) -> None:
+        self.policy = policy
+        self.critic = critic
+        self.stop_ids = end_ids(policy.model, policy.tokenizer)
+
+    def score(self, prompt_ids: Sequence[int], completions: Sequence[Sequence[int]]) -> Tensor:
+        values = prefix_values(self.critic, [(prompt_ids, completion) for completion in completions])
+        ended = [bool(completion) and completion[-1] in self.stop_ids for completion in completions]
+        return torch.stack([row[-2 if end else -1] for row, end in zip(values, ended, strict=True)])
 
 
 def chunked_value(

@@ -1,12 +1,17 @@
 """A policy and its value function as one module: one optimizer, one DeepSpeed engine, one checkpoint, one forward."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
+from posttrain.errors import UserError
+from posttrain.models.features import FeatureSpec, Row, batches_by_length
 from posttrain.models.logprobs import in_float32, token_logprobs
+from posttrain.models.probe import Probe
 from posttrain.models.value import ValueModel, ValueModelConfig
 
 
@@ -72,8 +77,10 @@ def decoder(policy: Any) -> Any:
     return (policy.get_base_model() if hasattr(policy, "get_base_model") else policy).get_decoder()
 
 
-def new_critic(policy: Any, reference: str, shared: bool = False) -> ValueModel:
+def new_critic(policy: Any, reference: str, shared: bool = False, probe: Probe | None = None) -> ValueModel:
     """V = 0 everywhere, in float32, its backbone a copy of the policy's own. reference: the starting policy's fingerprint.
+
+    probe: a linear one of that policy's last states, trained to say the reward: V starts as what it says of a prefix.
 
     shared: the backbone is made of modules of its own on the policy's very weights, which take no second place in memory:
     for adapters on each of them. No adapter is ever switched, so a backward sees those that its forward saw.
@@ -86,6 +93,7 @@ def new_critic(policy: Any, reference: str, shared: bool = False) -> ValueModel:
         embedding_size=body.get_input_embeddings().embedding_dim,
         vocab_size=body.config.vocab_size,
         reference=reference,
+        soft=True,
     )
     with torch.random.fork_rng(devices=[]):
         critic = ValueModel(config).to(policy.device)
@@ -95,7 +103,43 @@ def new_critic(policy: Any, reference: str, shared: bool = False) -> ValueModel:
     else:
         critic.backbone.load_state_dict(body.state_dict())
     critic.zero_head()
+    if probe is not None:
+        _start_from(critic, probe)
     return critic
+
+
+@torch.no_grad()
+def _start_from(critic: ValueModel, probe: Probe) -> None:
+    """Errors: UserError naming `probe` where its scores are no function that the head can be."""
+    card, depth = probe.card, critic.config.backbone.num_hidden_layers
+    probe.check_policy(str(critic.config.reference))
+    if card.hidden is not None or card.feature != FeatureSpec(depth, "last") or card.loss != "mse":
+        raise UserError(
+            f"probe: the value model starts from a linear probe of layer {depth}, last, of loss mse; this one is "
+            f"{'linear' if card.hidden is None else 'not linear'}, of {card.feature}, of loss {card.loss}"
+        )
+    weight = probe.first.weight / probe.std  # as the probe standardises its features
+    critic.head.weight.copy_(weight)
+    critic.head.bias.copy_(probe.first.bias - weight @ probe.mean)
+
+
+@torch.inference_mode()
+def prefix_values(critic: ValueModel, rows: Sequence[Row], batch_tokens: int = 8192) -> list[Tensor]:
+    """V of every prefix of (prompt ids, completion ids): of each row float32 [tokens + 1], entry t after t tokens of the completion.
+
+    After an end token V is 0 and was not learned: the last entry of a completion that ended says nothing.
+    """
+    device = critic.device
+    sequences = [torch.tensor([*prompt, *completion]) for prompt, completion in rows]
+    values: list[Tensor] = [torch.empty(0)] * len(rows)
+    for batch in batches_by_length([len(sequence) for sequence in sequences], batch_tokens):
+        ids = pad_sequence([sequences[i] for i in batch], batch_first=True).to(device)
+        lengths = torch.tensor([len(sequences[i]) for i in batch], device=device)
+        mask = (torch.arange(ids.shape[1], device=device) < lengths[:, None]).long()
+        found = critic(ids, attention_mask=mask).float().cpu()
+        for i, row in zip(batch, found, strict=True):
+            values[i] = row[len(rows[i][0]) - 1 : len(sequences[i])].clone()
+    return values
 
 
 def merged(model: Any) -> Any:

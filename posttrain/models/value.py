@@ -31,6 +31,7 @@ class ValueModelConfig(PreTrainedConfig):
 
     hidden_size, embedding_size, vocab_size: of what the head reads; width: of the candidate head's hidden layer;
     reference: fingerprint of the policy whose roll-outs it learned from; vocabulary: hash of that policy's tokens.
+    soft: the logit is V itself, as DQO learns it beside a policy: not the law of a return, and 0 after the end token.
     """
 
     model_type = "posttrain_value"
@@ -45,6 +46,7 @@ class ValueModelConfig(PreTrainedConfig):
     width: int = 256
     reference: str | None = None
     vocabulary: str | None = None
+    soft: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.backbone, dict):
@@ -254,6 +256,16 @@ def _cut(config: PreTrainedConfig, layers: int | None) -> PreTrainedConfig:
     return type(config).from_dict(values)
 
 
+def load_critic(folder: str | Path, policy: Policy) -> ValueModel:
+    """DQO's value model (`critic` in the folder of the policy that it trained), on the device of `policy`: that one, or any of
+    its vocabulary. Errors: UserError naming `critic`, as `read_value_model`."""
+    try:
+        value = read_value_model(folder, policy, any_reference=True, dtype=policy.model.dtype, soft=True)
+    except UserError as error:
+        raise UserError(f"critic: {str(error).removeprefix('guide: ')}") from None
+    return value.to(policy.model.device).eval().requires_grad_(False)
+
+
 def load_value_model(
     folder: str | Path, policy: Policy, any_reference: bool = False, dtype: torch.dtype | None = None
 ) -> ValueModel:
@@ -266,13 +278,17 @@ def load_value_model(
 
 
 def read_value_model(
-    folder: str | Path, policy: Policy, any_reference: bool = False, dtype: torch.dtype | Literal["auto"] = "auto"
+    folder: str | Path,
+    policy: Policy,
+    any_reference: bool = False,
+    dtype: torch.dtype | Literal["auto"] = "auto",
+    soft: bool = False,
 ) -> ValueModel:
     """A saved value model, fit to guide a policy, whose own weights are not asked for.
 
     any_reference: also when it learned the returns of another policy of the same vocabulary. dtype: of the backbone, `auto`
-    is the checkpoint's. Errors: UserError naming `guide` for a folder that holds none or is damaged, weights that are not
-    finite, another vocabulary, and another policy.
+    is the checkpoint's. soft: DQO's, which guides no tokens. Errors: UserError naming `guide` for a folder that holds none or
+    is damaged, weights that are not finite, another vocabulary, another policy, and one that is or is not DQO's.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
@@ -298,6 +314,12 @@ def read_value_model(
         raise UserError(f"guide: {folder} lacks weights, among them {min(loaded['missing_keys'])}")
     if not all(parameter.isfinite().all() for parameter in value.parameters()):
         raise UserError(f"guide: {folder} has weights that are not finite")
+    if value.config.soft != soft:
+        raise UserError(
+            f"guide: {folder} holds DQO's value model, which ranks completions and scores steps, but guides no tokens"
+            if value.config.soft
+            else f"guide: {folder} holds a guide of posttrain qsharp, not DQO's value model"
+        )
     if value.config.vocabulary != vocabulary_hash(policy.tokenizer):
         raise UserError(f"guide: {folder} was trained for another vocabulary than that of {policy.name}")
     if value.config.reference != policy.fingerprint and (value.config.head == "shared" or not any_reference):

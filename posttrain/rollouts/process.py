@@ -1,7 +1,8 @@
-"""Process scores by Monte Carlo: how often a policy that goes on from the end of a step comes to the right answer.
+"""Process scores: how often a policy that goes on from the end of a step comes to the right answer (Monte Carlo), or what DQO's
+value model says of it.
 
-The score of a prefix is an unbiased estimate of its pass rate, which is V of the policy without KL; a rollout table keeps scores
-in `process_rewards`, and `objectives.dqo.token_rewards` says how rewards are made of them.
+Monte Carlo's score of a prefix is an unbiased estimate of its pass rate, which is V of the policy without KL; a rollout table keeps
+scores in `process_rewards`, and `objectives.dqo.token_rewards` says how rewards are made of them.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import UserError
+from posttrain.models.actor_critic import prefix_values
+from posttrain.models.value import ValueModel
 from posttrain.provenance import versions
 from posttrain.rewards.math import Grade, grade
 from posttrain.rollouts.collect import check_folder, completion_seed, completion_text, reserved
@@ -68,6 +71,19 @@ def monte_carlo_scores(
     for (number, end), count in right.items():
         scores[number].append({"token": end, "reward": count / samples})
     return scores
+
+
+def critic_scores(critic: ValueModel, tokenizer: Any, table: RolloutTable, separator: str = "\n") -> list[Scores]:
+    """Scores of every row's steps by DQO's value model: V where the step ends, with no sampling."""
+    rows = list(table.rows())
+    values = prefix_values(critic, [(row["prompt_ids"], row["completion_ids"] or []) for row in rows])
+    return [
+        [
+            {"token": end, "reward": float(own[end + 1])}
+            for end in step_ends(tokenizer, row["completion_ids"] or [], separator)
+        ]
+        for row, own in zip(rows, values, strict=True)
+    ]
 
 
 def write_scored(table: RolloutTable, scores: list[Scores], out: str | Path) -> RolloutTable:

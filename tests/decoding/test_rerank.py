@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from posttrain.decoding.rerank import Reranker, best_of_k, chunked_value, value_curve
+from posttrain.decoding.rerank import CriticReranker, Reranker, best_of_k, chunked_value, value_curve
 from posttrain.errors import UserError
+from posttrain.models.actor_critic import new_critic
 from posttrain.models.features import FeatureSpec, hidden_features
 from posttrain.models.probe import Probe, ProbeCard
 
@@ -155,3 +156,13 @@ def test_reranker_refuses_the_probe_of_another_policy(reranker):
 def test_reranker_refuses_a_probe_of_embeddings_from_elsewhere():
     with pytest.raises(UserError, match="elsewhere"):
         Reranker(SimpleNamespace(model=None, fingerprint="fp"), Probe(ProbeCard(dim=3)))
+
+
+def test_a_critic_s_score_is_the_value_before_the_end_token(reranker):
+    critic = new_critic(reranker.policy.model, "fp").eval()
+    torch.nn.init.normal_(critic.head.weight)
+    ranker = CriticReranker(reranker.policy, critic)
+    chosen, scores = ranker.choose(PROMPT, COMPLETIONS, beta=0)
+    expected = [critic(torch.tensor([[*PROMPT, *kept]]))[0, -1] for kept in ([6, 7], [8], [9, 10, 11], [])]
+    torch.testing.assert_close(scores, torch.stack(expected).detach(), atol=1e-6, rtol=1e-5)
+    assert chosen == int(scores.argmax())

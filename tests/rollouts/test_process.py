@@ -1,13 +1,18 @@
 """Process scores by Monte Carlo: where steps end, what is asked of the engine, and what comes of it."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
+import pyarrow as pa
 import pytest
+import torch
 
 from posttrain.errors import UserError
+from posttrain.models.actor_critic import new_critic
 from posttrain.rollouts.collect import collect
 from posttrain.rollouts.engine import Sampling
-from posttrain.rollouts.process import monte_carlo_scores, step_ends, write_scored
+from posttrain.rollouts.process import critic_scores, monte_carlo_scores, step_ends, write_scored
+from tests.small_models import build_model
 
 SAMPLING = Sampling(max_tokens=8, seed=5)
 
@@ -98,3 +103,17 @@ def test_mistakes_are_named(engine, table, tmp_path):
         write_scored(table, [[]], tmp_path / "scored")
     with pytest.raises(UserError, match="out: .* is not empty"):
         write_scored(table, [[]] * 6, table.folder)
+
+
+def test_a_critic_scores_the_ends_of_steps(table):
+    policy = build_model("llama")
+    critic = new_critic(policy, "reference").eval()
+    torch.nn.init.normal_(critic.head.weight)
+    row = next(table.rows())
+    ids = [3, 10, 4, 5, 10, 6]
+    steps = replace(table, data=pa.Table.from_pylist([{**row, "completion_ids": ids}], schema=table.data.schema))
+    (scores,) = critic_scores(critic, Letters(), steps)
+    assert [score["token"] for score in scores] == [1, 4]
+    for score in scores:
+        prefix = torch.tensor([[*row["prompt_ids"], *ids[: score["token"] + 1]]])
+        assert score["reward"] == pytest.approx(critic(prefix)[0, -1].item(), abs=1e-5)
