@@ -121,6 +121,16 @@ def _source(data: str, split: str) -> list[Row]:
     return _from_hub(HUB.get(data) or HubSource(data, (None,), _as_it_is), split)
 
 
+def read_rows(path: Path, field: str = "data") -> list[Row]:
+    """The rows of a .jsonl or .parquet file as they are. Errors: UserError naming `field`."""
+    if path.suffix not in FILES or not path.is_file():
+        raise UserError(f"{field}: no such .jsonl or .parquet file: {path}")
+    try:
+        return _read_file(path)
+    except UserError as error:
+        raise UserError(f"{field}: {str(error).removeprefix('data: ')}") from None
+
+
 def _read_file(path: Path) -> list[Row]:
     if path.suffix == ".parquet":
         import pyarrow.parquet

@@ -35,12 +35,13 @@ def examples_of(
     truncated: Truncated = "keep",
     process: Process = "additive",
     process_scale: float = 1.0,
+    weighted: bool = True,
 ) -> list[Example]:
     """Every completion of the tables that has tokens, in their order.
 
     reference: fingerprint of pi_ref. truncated: `keep` completions that were cut at a length, with no reward above 0
     (nobody knows how they would have ended), or `drop` them. process, process_scale: what the steps' scores are, times what
-    (`objectives.dqo.token_rewards`).
+    (`objectives.dqo.token_rewards`). weighted: whether log mu is asked for, which a loss without importance weights does not read.
 
     Errors: UserError naming `reward` where it is not a finite number; `prompt_ids` and `completion_ids` where they are
     missing or hold each other; `process_rewards` for a token that is not there or has two potentials, and for what is not
@@ -68,7 +69,7 @@ def examples_of(
                     "first": len(row["prompt_ids"]),
                     "reward": min(reward, 0.0) if cut_off else reward,
                     "process_rewards": _process_rewards(row, process, process_scale, where),
-                    "behaviour_logprobs": _behaviour_logprobs(row, reference, where),
+                    "behaviour_logprobs": _behaviour_logprobs(row, reference, where) if weighted else None,
                     "truncated": cut_off,
                     "prompt_id": row["prompt_id"],
                 }
@@ -135,7 +136,7 @@ def _behaviour_logprobs(row: dict[str, Any], reference: str, where: str) -> list
     if logprobs is None:
         raise UserError(
             f"logprobs: {where} has none, and was not sampled from the reference as it is (temperature 1, top_p 1, "
-            "top_k 0, no guide); collect it again with log-probabilities"
+            "top_k 0, no guide); collect it again with log-probabilities, or train without importance weights (importance_cap: null)"
         )
     if len(logprobs) != length:
         raise UserError(f"logprobs: {where} has {len(logprobs)} for {length} tokens; one for each is needed")
