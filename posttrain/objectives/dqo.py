@@ -8,6 +8,9 @@ discounted. The optimum of E_pi[ sum_h r_h - beta * l_h ], with l_h = log pi(a_h
 so that Q = beta * l + V makes pi the softmax of Q / beta for every pi and V, and what is left is the Bellman equation
 beta * l_h + V(s_h) = r_h + V(s_h+1). At the optimum it holds on every completion, whoever sampled it.
 
+OREO (arXiv 2412.16145) has the same losses at lam = 1, without weights and with `normalisation` "seq", and adds a regulariser, the
+KL over the whole vocabulary, that is not here.
+
 Tensors are [batch, time], best float32 or wider (the log-ratios drown in bfloat16's rounding); `values[:, h]` is V
 *before* token h, and V after the last token is 0. The boolean mask is true at the tokens of completions. A masked entry
 (prompt, padding) may hold NaN and is never read, in the gradient neither. A sequence is a row's unmasked tokens, or in

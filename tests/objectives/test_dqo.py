@@ -879,3 +879,30 @@ def test_process_scores_are_checked():
         token_rewards(1.0, 3, [(1, 0.5), (1, 0.6)], "shaping")
     with pytest.raises(ValueError, match="kind: must be 'additive' or 'shaping'"):
         token_rewards(1.0, 3, [(1, 0.5)], "dense")
+
+
+def test_without_weights_and_by_sequences_the_losses_are_oreo_s():
+    """Its equations as they stand (arXiv 2412.16145), without the regulariser: sums over the rest of a completion, each detached."""
+    generator = torch.Generator().manual_seed(5)
+    logprobs, ref, values, rewards = torch.randn(4, 3, 6, generator=generator, dtype=torch.float64)
+    lengths, beta = [6, 2, 4], 0.3
+    mask = torch.arange(6) < torch.tensor(lengths)[:, None]
+    logprobs.requires_grad_(), values.requires_grad_()
+    of_values, of_policy = [], []
+    for row, length in enumerate(lengths):
+        log_ratios = (logprobs - ref)[row, :length]
+        to_go = torch.stack([rewards[row, t:length].sum() for t in range(length)])
+        for t in range(length):
+            of_values.append((values[row, t] - to_go[t] + beta * log_ratios[t:].sum().detach()) ** 2 / length)
+            later = beta * log_ratios[t + 1 :].sum().detach()
+            of_policy.append((values[row, t].detach() - to_go[t] + beta * log_ratios[t] + later) ** 2 / length)
+    with torch.no_grad():
+        returns = lambda_returns(kl_rewards(logprobs, ref, rewards, mask, beta), values, mask, 1.0)
+    found = (
+        value_loss(values, returns, mask, None, "seq"),
+        policy_loss(logprobs, ref, values, rewards, returns, mask, beta, None, "seq"),
+    )
+    for ours, theirs, leaf in zip(found, (sum(of_values) / 3, sum(of_policy) / 3), (values, logprobs), strict=True):
+        torch.testing.assert_close(ours, theirs)
+        gradients = (torch.autograd.grad(loss, leaf, retain_graph=True)[0] for loss in (ours, theirs))
+        torch.testing.assert_close(*gradients)

@@ -1,9 +1,12 @@
 """The baselines beside DQO, on a handful of problems."""
 
+import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import transformers
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from posttrain.config import build, read_yaml
@@ -14,6 +17,7 @@ from posttrain.pipelines.dqo import DQORunConfig, DQOTraining
 from posttrain.rollouts.table import read_table
 from posttrain.trainers import baselines as trainers
 from posttrain.trainers.baselines import BaselineTraining
+from recipes.dqo import study
 
 METHODS = ("rejection", "dpo", "kto")
 SMALL = DQORunConfig(
@@ -45,6 +49,40 @@ def test_one_table_has_them_all_and_each_is_an_ordinary_policy(finished):
         assert result.manifest["baselines"][method]["rows"] == result.baselines[method].training["rows"]
     names = list(weights)
     assert all(not weights[a].equal(weights[b]) for i, a in enumerate(names) for b in names[:i])
+
+
+def test_each_has_a_card_with_the_figures_of_all(finished):
+    out, result = finished
+    dqo.publish(result, "a title", "a lead")
+    for name in ("dqo", *METHODS):
+        folder = out / "policy" if name == "dqo" else out / name / "policy"
+        card = ModelCard.load(folder / "README.md")
+        assert card.data.tags == ["posttrain", name]
+        assert card.data.eval_results[0].metric_value == result.arms[name].accuracy
+        assert all(result.arms[arm].title in card.text for arm in ("base", "dqo", *METHODS))
+    assert "CriticReranker" in (out / "policy" / "README.md").read_text()
+
+
+def test_the_study_pools_the_problems_of_all_seeds(finished, tmp_path):
+    out, result = finished
+    dqo.publish(result, "a title", "a lead")
+    other = tmp_path / "seed-1"
+    shutil.copytree(out, other)
+    with pytest.raises(UserError, match="runs: they must be of one recipe, and differ in their seeds"):
+        study.study([out, other])
+    summary = json.loads((other / "summary.json").read_text())
+    summary["manifest"]["config"]["seed"] = 1
+    (other / "summary.json").write_text(json.dumps(summary))
+    found = study.study([out, other])
+    assert list(found) == ["0", "1", "all"] and list(found["all"]) == ["base", "dqo", *METHODS]
+    for name, row in found["all"].items():
+        assert row["accuracy"] == pytest.approx(result.arms[name].accuracy)
+        assert row["tokens"] == pytest.approx(result.arms[name].tokens)
+        if name != "dqo":
+            assert row["gain"]["difference"] == pytest.approx(result.arms["dqo"].accuracy - row["accuracy"])
+            assert row["gain"]["problems"] == 2 * SMALL.test_prompts
+        assert len(study.cells("all", name, row)) == len(study.COLUMNS)
+    assert found["all"]["dqo"]["ratio"][0] == pytest.approx(result.arms["dqo"].tokens / result.arms["base"].tokens)
 
 
 def test_everything_is_kept(finished, monkeypatch):
