@@ -279,6 +279,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10 if gpu else 2, help="that are timed, in each repeat")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--parts", nargs="+", choices=("steps", "growth"), default=["steps", "growth"])
     parser.add_argument("--peak", metavar="ARM", help="print the peak memory of one arm, and nothing else")
     args = parser.parse_args()
     args.device, args.bf16 = ("cuda", True) if gpu else ("cpu", False)
@@ -289,9 +290,10 @@ def main() -> None:
     if args.peak:
         print(own_peak(args.peak, args, args.vocab[0]))
         return
-    for vocab in args.vocab:
+    for vocab in args.vocab if "steps" in args.parts else ():
         print_steps(args, vocab)
-    print_growth(args)
+    if "growth" in args.parts:
+        print_growth(args)
 
 
 if __name__ == "__main__":

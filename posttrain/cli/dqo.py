@@ -27,10 +27,6 @@ def run(args: argparse.Namespace) -> None:
     result = dqo.run(config)
     if result is None:  # one of several processes, and not the first
         return
-    dqo.publish(
-        result,
-        f"DQO: {config.model} on {config.data}",
-        f"Trained offline on {dqo.per_prompt(config)} completions of each of {config.train_prompts} prompts.",
-    )
+    dqo.publish(result, f"DQO: {config.model} on {config.data}", dqo.lead(config))
     print_arms(result.arms.values())
     print(f"report: {config.out}/report.html\npolicy: {config.out}/policy")

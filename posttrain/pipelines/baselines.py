@@ -8,6 +8,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from typing import Any
 from posttrain.data.load import Row
 from posttrain.errors import UserError
 from posttrain.evaluation.arms import Arm, policy_arm
-from posttrain.models.load import Policy, load_model
+from posttrain.models.load import Policy, load_model, set_aside
+from posttrain.pipelines.ranks import Ranks, release
 from posttrain.pipelines.rollout import RolloutConfig, rollout
 from posttrain.pipelines.value_training import MADE_BY, last_checkpoint
 from posttrain.provenance import hash_json, plain, versions, write_json
@@ -35,20 +37,17 @@ class Baseline:
     trained: RolloutTable
 
 
-def run_baseline(
+def measured(
     method: Method,
+    made: dict[str, Any],
     policy: Policy,
     table: RolloutTable,
-    settings: BaselineTraining,
     out: Path,
     test_plan: RolloutConfig,
     test_rows: Sequence[Row],
-    seed: int = 0,
-    say: Callable[[str], None] = print,
 ) -> Baseline:
-    """Trains on the table and measures on the test problems; what is finished in `out` is kept. Errors: as `train`."""
-    made = train(method, policy, table, settings, out / "policy", seed, say)
-    learned = table.manifest["seconds"] + made["seconds"]
+    """What a baseline's policy in `out`/policy does with the test problems; made: what `train` said of it."""
+    learned = table.manifest.get("seconds", 0.0) + made["seconds"]
     arm, trained = measure(method, TITLES[method], out, policy, test_plan, test_rows, learned)
     return Baseline(arm, made, trained)
 
@@ -70,10 +69,12 @@ def train(
     folder: Path,
     seed: int = 0,
     say: Callable[[str], None] = print,
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """Trains on a table of the policy's completions and saves; what was made by the same table and settings is kept.
 
-    The policy's own model is left as it was. Returns what `made_by.json` says.
+    The policy's own model is left as it was. Returns what `made_by.json` says. ranks: those that train, all of which call
+    this; default: this process alone, on the policy's device.
     Errors: UserError naming `policy` for a folder that something else made, or as the trainers and examples say.
     """
     key = hash_json([method, table.manifest["shards"], policy.fingerprint, seed, plain(settings)])
@@ -84,19 +85,42 @@ def train(
                 f"policy: {folder} was trained on other completions or with other settings; delete it, or give another out"
             )
         return made
+    ranks = ranks or Ranks(str(policy.model.device))
+    with set_aside(policy) if ranks.first else nullcontext():
+        return _learn(method, policy, ranks, table, settings, folder, seed, key, say)
+
+
+def _learn(
+    method: Method,
+    policy: Policy,
+    ranks: Ranks,
+    table: RolloutTable,
+    settings: BaselineTraining,
+    folder: Path,
+    seed: int,
+    key: str,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
     from posttrain.trainers.follow import follow
 
     started = time.perf_counter()
-    start = load_model(policy.name, str(policy.model.device), "float32")
-    scratch = folder.with_name(f"{folder.name}-checkpoints-{key[:12]}")
+    start = load_model(policy.name, ranks.device, "float32")
+    scratch = folder.with_name(f"{folder.name}-checkpoints-{hash_json([key, *ranks.launch])[:12]}")
     trainer = TRAINERS[method](
-        start.model, start.tokenizer, examples_of([table], policy.fingerprint), settings, scratch, seed
+        start.model, start.tokenizer, examples_of([table], policy.fingerprint, weighted=False), settings, scratch, seed
     )
     say(f"{TITLES[method]} on {len(trainer.train_dataset)} {'pairs' if method == 'dpo' else 'completions'}")
     follow(trainer, folder)
     trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
-    trainer.save_model(str(folder))
-    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody needs: the settings stand below
+    # Under ZeRO-3 a rank has but a part of the weights; a launcher need not have thought of saving.
+    whole = trainer.model_wrapped._zero3_consolidated_16bit_state_dict() if is_deepspeed_zero3_enabled() else None
+    rows = len(trainer.train_dataset)
+    if ranks.first:
+        trainer._save(str(folder), whole)
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody needs: the settings stand below
+    release(trainer)
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     made = {
         "key": key,
@@ -104,11 +128,13 @@ def train(
         "policy": policy.fingerprint,
         "config": plain(settings),
         "seed": seed,
-        "rows": len(trainer.train_dataset),
+        "rows": rows,
         "last": {name: value for name, value in log[-1].items() if value == value} if log else {},
         "seconds": time.perf_counter() - started,
+        "processes": ranks.count,
         "versions": versions(),
     }
-    write_json(folder / MADE_BY, made)
-    shutil.rmtree(scratch, ignore_errors=True)
+    if ranks.first:
+        write_json(folder / MADE_BY, made)
+        shutil.rmtree(scratch, ignore_errors=True)
     return made

@@ -1,6 +1,6 @@
 """DQO from beginning to end: collect completions of the policy, learn from them offline, measure the policy that came out.
 
-    train/            rollout table of the starting policy
+    train/            rollout table of the starting policy, or of the completions that were given
     policy/           the trained policy, an ordinary folder; its value model in policy/critic
     test/, trained/   rollout tables of the starting and the trained policy on test problems
     METHOD/           the same of every baseline that the configuration names (pipelines/baselines.py)
@@ -14,28 +14,33 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from posttrain.data.load import Row
 from posttrain.errors import UserError
 from posttrain.evaluation.arms import Arm, sampled_arms
 from posttrain.evaluation.plots import length_histogram
 from posttrain.evaluation.report import Figure, write_report
+from posttrain.model_card import write_card
 from posttrain.models.actor_critic import ActorCritic, new_critic
 from posttrain.models.load import Policy, load_model, load_tokenizer, set_aside
+from posttrain.models.probe import Probe
 from posttrain.pipelines import baselines
 from posttrain.pipelines.baselines import Baseline
 from posttrain.pipelines.ranks import Ranks, release
 from posttrain.pipelines.rollout import RolloutConfig, check_overlap, lengths_by_verdict, rollout
 from posttrain.pipelines.value_training import last_checkpoint
-from posttrain.provenance import hash_json, plain, versions, write_json
+from posttrain.provenance import hash_files, hash_json, plain, versions, write_json
 from posttrain.rollouts.collect import reserved
 from posttrain.rollouts.engine import Sampling
+from posttrain.rollouts.given import given_table
 from posttrain.rollouts.table import RolloutTable, read_table
 from posttrain.trainers.baselines import BaselineTraining, Method
+from posttrain.trainers.dqo_card import write_dqo_card
 
 MADE_BY = "made_by.json"
 
@@ -67,6 +72,12 @@ class DQOTraining:
     packing: bool = field(default=False, metadata={"help": "no padding; for flash attention"})
     value_layers: int | None = field(
         default=None, metadata={"help": "so many of the value model's last layers learn, and its head; default: all"}
+    )
+    probe: str | None = field(
+        default=None,
+        metadata={
+            "help": "folder of a linear probe (last layer, last token, mse) that the value model starts from; default: 0"
+        },
     )
     lora_rank: int | None = field(default=None, metadata={"help": "LoRA on the policy; default: full fine-tuning"})
     value_lora_rank: int | None = field(
@@ -101,6 +112,12 @@ class DQORunConfig:
     model: str = field(default="tiny", metadata={"help": "tiny, a folder, a .gguf file or a hub id"})
     data: str = field(default="arithmetic", metadata={"help": "a data set or a file; see posttrain rollout --help"})
     prompt: str | None = field(default=None, metadata={"help": "the user turn, with a {problem} placeholder"})
+    completions: str | None = field(
+        default=None,
+        metadata={
+            "help": "learn from these: a rollout table, or a file (posttrain.rollouts.given); default: sample them"
+        },
+    )
     train_split: str = field(default="train", metadata={"help": "where the training prompts come from"})
     train_prompts: int = field(default=300, metadata={"help": "how many of them"})
     train_samples: int = field(default=8, metadata={"help": "completions per training prompt"})
@@ -164,26 +181,22 @@ def run(config: DQORunConfig, say: Callable[[str], None] = print, tables_in: Pat
     """
     ranks = Ranks(config.device)
     say = say if ranks.first else _silent
-    if config.baselines and ranks.count > 1:
-        raise UserError(
-            "baselines: are trained in one process; leave them out here, and add them in a run without a launcher: what is "
-            "finished is kept"
-        )
     out = Path(config.out)
-    train_plan = replace(
-        _plan(config, config.train_split, config.train_prompts, config.train_samples),
-        least_samples=config.least_train_samples,
-    )
     test_plan = _plan(config, config.test_split, config.test_prompts, config.test_samples)
-    train_rows, test_rows = train_plan.rows(), test_plan.rows()
-    check_overlap(train_rows, test_rows)
-    policy = load_model(config.model, ranks.device, "float32") if ranks.first else load_tokenizer(config.model)
-    say(f"{config.train_split}: {per_prompt(config)} completions of each of {len(train_rows)} prompts")
+    test_rows = test_plan.rows()
     collected = (tables_in or out) / "train"
-    ranks.alone(lambda: rollout(policy, train_plan, train_rows, collected, resume=True, say=say))
-    table = read_table(collected)
+    collect = _collection(config, test_rows, collected, say)
+    policy = load_model(config.model, ranks.device, "float32") if ranks.first else load_tokenizer(config.model)
+    ranks.alone(lambda: collect(policy))
+    table = read_table(_named_table(config) or collected)
     with reserved(out / "policy") if ranks.first else nullcontext():
         made = train(policy, table, config.training, out / "policy", config.seed, say, ranks)
+        beside = {
+            method: baselines.train(
+                method, policy, table, getattr(config, method), out / method / "policy", config.seed, say, ranks
+            )
+            for method in config.baselines
+        }
 
     def measured() -> DQORun:
         say(
@@ -196,20 +209,47 @@ def run(config: DQORunConfig, say: Callable[[str], None] = print, tables_in: Pat
         )
         lengths = [[len(ids) for ids in row] for row in test.rectangle("completion_ids")]
         arms = sampled_arms(test.rectangle("correct"), test.rectangle("extracted"), lengths, test.manifest["seconds"])
-        learned = table.manifest["seconds"] + made["seconds"]
+        learned = table.manifest.get("seconds", 0.0) + made["seconds"]
         arms["dqo"], trained = baselines.measure(
             "dqo", title(config.training), out, policy, test_plan, test_rows, learned
         )
-        beside = {
-            method: baselines.run_baseline(
-                method, policy, table, getattr(config, method), out / method, test_plan, test_rows, config.seed, say
-            )
-            for method in config.baselines
+        found = {
+            method: baselines.measured(method, learned_by, policy, table, out / method, test_plan, test_rows)
+            for method, learned_by in beside.items()
         }
-        arms |= {method: baseline.arm for method, baseline in beside.items()}
-        return DQORun(config, policy, arms, made, trained, beside)
+        arms |= {method: baseline.arm for method, baseline in found.items()}
+        return DQORun(config, policy, arms, made, trained, found)
 
     return ranks.alone(measured)
+
+
+def _named_table(config: DQORunConfig) -> Path | None:
+    """The rollout table that the configuration names, where it is one."""
+    given = Path(config.completions) if config.completions else None
+    return given if given and given.is_dir() else None
+
+
+def _collection(
+    config: DQORunConfig, test_rows: Sequence[Row], folder: Path, say: Callable[[str], None]
+) -> Callable[[Policy], Any]:
+    """What makes the table in `folder`, once there is a policy. Errors: all that can be refused without one."""
+    if config.completions:
+        given = Path(config.completions)
+        if not given.exists():
+            raise UserError(f"completions: no such rollout table or file: {given}")
+        return lambda policy: None if given.is_dir() else given_table(given, policy.tokenizer, folder)
+    plan = replace(
+        _plan(config, config.train_split, config.train_prompts, config.train_samples),
+        least_samples=config.least_train_samples,
+    )
+    rows = plan.rows()
+    check_overlap(rows, test_rows)
+
+    def collect(policy: Policy) -> RolloutTable:
+        say(f"{config.train_split}: {per_prompt(config)} completions of each of {len(rows)} prompts")
+        return rollout(policy, plan, rows, folder, resume=True, say=say)
+
+    return collect
 
 
 def train(
@@ -227,7 +267,8 @@ def train(
     this; default: this process alone, on the policy's device.
     Errors: UserError naming `policy` for a folder that something else made, or as the examples say.
     """
-    key = hash_json([table.manifest["shards"], policy.fingerprint, seed, plain(config)])
+    probe = [hash_files(Path(config.probe).glob("*.*"))] if config.probe else []
+    key = hash_json([table.manifest["shards"], policy.fingerprint, seed, plain(config), *probe])
     if (folder / MADE_BY).is_file():
         made = json.loads((folder / MADE_BY).read_text(encoding="utf-8"))
         if made["key"] != key:
@@ -250,23 +291,34 @@ def _learn(
     key: str,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    from posttrain.trainers.dqo import DQOConfig, DQOTrainer, labelled  # seconds of import
+    from posttrain.trainers.dqo import DQOConfig, DQOTrainer, labelled, launch_of  # seconds of import
     from posttrain.trainers.dqo_examples import examples_of
     from posttrain.trainers.follow import follow
 
     started = time.perf_counter()
     shared = None not in (config.lora_rank, config.value_lora_rank)
     start = load_model(policy.name, ranks.device, "float32")
-    model = ActorCritic(start.model, new_critic(start.model, policy.fingerprint, shared))
+    probe = Probe.from_pretrained(config.probe).to(ranks.device) if config.probe else None
+    model = ActorCritic(start.model, new_critic(start.model, policy.fingerprint, shared, probe))
     examples = labelled(
         model,
-        examples_of([table], policy.fingerprint, process=config.process, process_scale=config.process_scale),
+        examples_of(
+            [table],
+            policy.fingerprint,
+            process=config.process,
+            process_scale=config.process_scale,
+            weighted=config.importance_cap is not None,
+        ),
         policy.fingerprint,
         folder.parent,
         config.batch_size,
     )
     say(f"DQO on {len(examples)} completions")
-    scratch = folder.with_name(f"{folder.name}-checkpoints-{hash_json([key, *ranks.launch])[:12]}")
+    scratch = folder.with_name(f"{folder.name}-checkpoints-{key[:12]}")
+    checkpoint = last_checkpoint(scratch)
+    rows, accumulation = config.batch_size, config.accumulation
+    if checkpoint:
+        rows, accumulation = _shared(launch_of(checkpoint)["completions"], ranks.count, rows)
     arguments = {
         name: value for name, value in plain(config).items() if name in {field.name for field in fields(DQOConfig)}
     }
@@ -275,8 +327,8 @@ def _learn(
         DQOConfig(
             output_dir=str(scratch),
             num_train_epochs=config.epochs,
-            per_device_train_batch_size=config.batch_size,
-            gradient_accumulation_steps=config.accumulation,
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=accumulation,
             use_cpu=ranks.use_cpu,
             logging_steps=10,
             save_strategy="steps",
@@ -291,7 +343,7 @@ def _learn(
         value_peft_config=_lora(config.value_lora_rank),
     )
     follow(trainer, folder)
-    trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save(folder)
     release(trainer)
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -312,6 +364,21 @@ def _learn(
     return made
 
 
+def _shared(completions: int, ranks: int, most: int) -> tuple[int, int]:
+    """What a step of an interrupted training takes, for each of so many processes: rows per forward, at most `most`, and forwards.
+
+    Errors: UserError where it cannot be shared evenly.
+    """
+    forwards = -(-completions // (ranks * most))
+    rows, rest = divmod(completions, ranks * forwards)
+    if rest:
+        raise UserError(
+            f"launch: a step of the interrupted training takes {completions} completions, which {ranks} processes cannot share in "
+            f"forwards of at most {most} (batch_size); launch as many as before"
+        )
+    return rows, forwards
+
+
 def _lora(rank: int | None) -> Any:
     if rank is None:
         return None
@@ -321,7 +388,7 @@ def _lora(rank: int | None) -> Any:
 
 
 def publish(result: DQORun, title: str, lead: str) -> None:
-    """`summary.json` and `report.html` in the run's folder."""
+    """`summary.json` and `report.html` in the run's folder, and a card for each policy that was trained."""
     out = Path(result.config.out)
     summary = {name: arm.summary() for name, arm in result.arms.items()}
     write_json(out / "summary.json", {"arms": summary, "manifest": result.manifest})
@@ -336,6 +403,16 @@ def publish(result: DQORun, title: str, lead: str) -> None:
         definitions=("pass@1", "maj@k", "pass@k", "tokens", "seconds", "interval"),
         manifest=result.manifest,
     )
+    _write_cards(result, out)
+
+
+def _write_cards(result: DQORun, out: Path) -> None:
+    model, arms = result.config.model, [result.arms[name] for name in ("base", "dqo", *result.baselines)]
+    measured: dict[str, Any] = {"data": result.config.data, "figures": {arm.title: arm.summary() for arm in arms}}
+    write_dqo_card(out / "policy", model, result.training["config"], own=result.arms["dqo"].title, **measured)
+    for method, baseline in result.baselines.items():
+        own, settings = baseline.arm.title, baseline.training["config"]
+        write_card(out / method / "policy", own, model, tags=[method], own=own, settings=settings, **measured)
 
 
 def figures(result: DQORun) -> list[Figure]:
@@ -344,6 +421,13 @@ def figures(result: DQORun) -> list[Figure]:
 
 def title(config: DQOTraining) -> str:
     return f"DQO, beta {config.beta:g}"
+
+
+def lead(config: DQORunConfig) -> str:
+    """What the policy learned from, for the report."""
+    if config.completions:
+        return f"Trained offline on the completions in {config.completions}."
+    return f"Trained offline on {per_prompt(config)} completions of each of {config.train_prompts} prompts."
 
 
 def per_prompt(config: DQORunConfig) -> str:

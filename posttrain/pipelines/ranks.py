@@ -42,7 +42,7 @@ class Ranks:
         self.count = int(os.environ["WORLD_SIZE"]) if os.environ.keys() >= LAUNCHED else 1
         self.first = rank() == 0
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if self.count == 1:
+        if self.count == 1 and not self.deepspeed:
             return
         if self.device not in ("cpu", "cuda"):
             raise UserError(f"device: {device} would be that of all {self.count} processes; leave it out, or give cpu")

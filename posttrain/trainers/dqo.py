@@ -5,25 +5,30 @@ and values that a loss holds fixed are those of the same forward, before either 
 """
 
 import copy
+import json
 import math
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.trainer_utils import get_last_checkpoint
 
 from posttrain.errors import UserError
 from posttrain.models.actor_critic import ActorCritic, decoder, merged
-from posttrain.models.value import ValueModel
+from posttrain.models.value import ValueModel, vocabulary_hash
 from posttrain.objectives.dqo import (
     importance_weights,
     kl_rewards,
@@ -33,10 +38,12 @@ from posttrain.objectives.dqo import (
     value_loss,
 )
 from posttrain.provenance import hash_json, versions, write_json
+from posttrain.trainers.dqo_card import write_dqo_card
 from posttrain.trainers.dqo_examples import Example
 from posttrain.trainers.dqo_metrics import measure
 
 ADAPTERS = "adapters.safetensors"  # of a checkpoint: all that is trained, where the rest is frozen
+LAUNCH = "launch.json"  # of a checkpoint: the processes that wrote it
 REFERENCE_TOLERANCE = 1e-3  # nats per token, in float32: what kernels and batches may change
 
 
@@ -111,6 +118,12 @@ class DQOConfig(TrainingArguments):
         self.remove_unused_columns = False
         super().__post_init__()
 
+    @property
+    def device(self) -> torch.device:
+        """A processor without the number that accelerate gives it on each rank, and torch's loader of checkpoints does not know."""
+        found = super().device
+        return torch.device("cpu") if found.type == "cpu" else found
+
 
 def collate(examples: Sequence[Labelled]) -> dict[str, Tensor]:
     """A right-padded batch, all [rows, time]: input_ids, attention_mask, `actions` (bool, the completions' tokens), and the
@@ -150,6 +163,19 @@ class EpochOrder(Sampler):
         return iter(torch.randperm(len(self.lengths), generator=generator).tolist())
 
 
+class Bar(ProgressCallback):
+    """transformers' progress bar, with the three numbers that say whether it goes well, instead of all in a line of their own:
+    explained variance of the returns, KL per token, and the effective share of the completions."""
+
+    SHOWN: ClassVar = {"explained_variance": "explained", "kl": "KL", "ess": "effective"}
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.training_bar is not None and logs:
+            shown = {title: f"{logs[name]:.3g}" for name, title in self.SHOWN.items() if name in logs}
+            if shown:
+                self.training_bar.set_postfix(shown)
+
+
 class DQOTrainer(Trainer):
     """train_dataset: completions as `Labelled`, their reference log-probabilities computed by `reference_logprobs`.
 
@@ -176,6 +202,8 @@ class DQOTrainer(Trainer):
         if args.value_layers is not None:
             _freeze_below(model.critic, args.value_layers)
         model.packing = args.packing
+        if processing_class is not None:
+            model.critic.config.vocabulary = vocabulary_hash(processing_class)
         super().__init__(
             model=model,
             args=args,
@@ -184,14 +212,66 @@ class DQOTrainer(Trainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(Bar)
         self.model_accepts_loss_kwargs = True  # the losses divide by the counts of the whole step themselves
         self._measured: list[dict[str, float]] = []
         self._checked = False
+        self._universal = False
         if self.is_deepspeed_enabled and "optimizer" in self.accelerator.state.deepspeed_plugin.deepspeed_config:
             raise UserError(
                 "deepspeed: its configuration names an optimizer, which knows one learning rate for policy and value model; "
                 "leave it out"
             )
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """resume_from_checkpoint: written by as many processes or by others, as long as a step takes as many completions; with
+        DeepSpeed or without, in the same ZeRO stage. Errors: UserError where it was not."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint:
+            self._take_over(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _launch(self) -> dict[str, Any]:
+        """zero_stage: None without DeepSpeed; completions: that a step takes on all ranks together."""
+        args = self.args
+        return {
+            "ranks": args.world_size,
+            "zero_stage": self.accelerator.state.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else None,
+            "completions": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        }
+
+    def _take_over(self, checkpoint: Path) -> None:
+        there, here = launch_of(checkpoint), self._launch()
+        if there["zero_stage"] != here["zero_stage"]:
+            ways = [
+                f"under ZeRO-{stage}" if stage is not None else "without DeepSpeed"
+                for stage in (there["zero_stage"], here["zero_stage"])
+            ]
+            raise UserError(
+                f"resume_from_checkpoint: {checkpoint} was written {ways[0]}, and this training runs {ways[1]}; launch it as it was"
+            )
+        if there["completions"] != here["completions"]:
+            raise UserError(
+                f"per_device_train_batch_size: a step of {checkpoint} takes {there['completions']} completions, one of this launch "
+                f"{here['completions']}; change it or gradient_accumulation_steps"
+            )
+        if here["zero_stage"] is not None and there["ranks"] != here["ranks"]:
+            with self.args.main_process_first(local=False):
+                if self.args.process_index == 0:
+                    _make_universal(checkpoint)
+            self.accelerator.state.deepspeed_plugin.deepspeed_config["checkpoint"] = {"load_universal": True}
+            self._universal = True
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """After a universal checkpoint, from which DeepSpeed gives all groups the settings of the first, each has its own again."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._universal:
+            for group, settings, rate in zip(
+                self.optimizer.param_groups, self._groups, self.lr_scheduler.get_last_lr(), strict=True
+            ):
+                group.update(settings, lr=rate)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         args, strategy = self.args, self.args.train_sampling_strategy
@@ -215,6 +295,7 @@ class DQOTrainer(Trainer):
             if own:
                 optimizer.add_param_group({**group, "params": own, "lr": self.args.value_learning_rate})
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        self._groups = [{"weight_decay": group["weight_decay"]} for group in optimizer.param_groups]
         return optimizer
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Tensor]:
@@ -283,6 +364,8 @@ class DQOTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """A folder of the weights as they are now, of all ranks together; call it on all of them. Inside a checkpoint a
         frozen base is left out."""
+        if _internal_call and self.args.should_save:
+            write_json(Path(output_dir or self.args.output_dir) / LAUNCH, self._launch())
         if not _internal_call or not self._frozen() or is_deepspeed_zero3_enabled():
             self._save(output_dir, self._gathered())
         elif self.args.should_save:
@@ -355,6 +438,43 @@ class DQOTrainer(Trainer):
         }
         log = [{name: value for name, value in entry.items() if value == value} for entry in self.state.log_history]
         write_json(Path(folder) / "training.json", {"versions": versions(), "arguments": arguments, "log": log})
+        self.create_model_card(output_dir=folder)
+
+    def create_model_card(self, *_: Any, output_dir: str | Path | None = None, **__: Any) -> None:
+        """What the hub shows of the policy; transformers, which calls this before a push, would name no method."""
+        if self.is_world_process_zero():
+            names = DQOConfig.__annotations__.keys() - {"report_to", "save_total_limit"}
+            settings = {name: value for name, value in self.args.to_dict().items() if name in names}
+            policy = self.accelerator.unwrap_model(self.model).policy
+            base = getattr(policy.config, "_name_or_path", "") or "a model without name"
+            write_dqo_card(output_dir or self.args.output_dir, base, settings)
+
+
+def launch_of(checkpoint: str | Path) -> dict[str, Any]:
+    """What wrote a checkpoint: its `ranks`, `zero_stage`, and the `completions` of a step. Errors: UserError where it does not say."""
+    file = Path(checkpoint) / LAUNCH
+    if not file.is_file():
+        raise UserError(f"resume_from_checkpoint: {checkpoint} has no {LAUNCH}; it is not a checkpoint of this trainer")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _make_universal(checkpoint: Path) -> None:
+    """DeepSpeed's own conversion of a checkpoint, whose parts are its ranks', into one by parameter, for any number of them."""
+    step = (checkpoint / "latest").read_text().strip()
+    whole = checkpoint / f"{step}_universal"
+    shutil.rmtree(whole, ignore_errors=True)  # of a conversion that was interrupted
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    done = subprocess.run(
+        [*command, "--input_folder", str(checkpoint / step), "--output_folder", str(whole)],
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        reason = (done.stderr.splitlines() or ["no reason given"])[-1]
+        raise UserError(
+            f"resume_from_checkpoint: {checkpoint} cannot be converted for another number of processes ({reason[:200]}); "
+            "launch as many as wrote it"
+        )
 
 
 def _adapt(model: ActorCritic, peft_config: Any, value_peft_config: Any, seed: int) -> None:

@@ -8,8 +8,11 @@ import torch
 import transformers
 
 from posttrain.config import build, read_yaml
+from posttrain.decoding.guide import load_guide
+from posttrain.decoding.rerank import CriticReranker
 from posttrain.errors import UserError
 from posttrain.models.load import load_model
+from posttrain.models.value import load_critic
 from posttrain.pipelines import dqo
 from posttrain.pipelines.dqo import DQORunConfig, DQOTraining, run
 from posttrain.rollouts.collect import reserved
@@ -40,6 +43,19 @@ def test_the_policy_is_trained_and_measured(finished):
     dqo.publish(result, "a title", "a lead")
     summary = json.loads((out / "summary.json").read_text())
     assert summary["arms"]["dqo"]["accuracy"] == result.arms["dqo"].accuracy
+
+
+def test_the_value_model_ranks_completions_of_the_trained_policy_and_guides_no_tokens(finished):
+    out, result = finished
+    after = load_model(str(out / "policy"), "cpu", "float32")
+    ranker = CriticReranker(after, load_critic(out / "policy" / "critic", after))
+    row = next(result.trained.rows())
+    chosen, scores = ranker.choose(row["prompt_ids"], [row["completion_ids"], row["completion_ids"][:3]], beta=0)
+    assert scores.isfinite().all() and scores[0] != scores[1] and chosen == int(scores.argmax())
+    with pytest.raises(UserError, match="guide: .*critic holds DQO's value model, which ranks completions"):
+        load_guide(out / "policy" / "critic", after)
+    with pytest.raises(UserError, match="critic: .*policy holds a 'llama', not a value model"):
+        load_critic(out / "policy", after)
 
 
 def test_adapters_are_merged_into_the_policy(finished, tmp_path):
@@ -83,6 +99,25 @@ def test_prompts_may_be_covered_unevenly(tmp_path):
     assert set(counts) == {1, 2} and result.training["completions"] == sum(counts)
     with pytest.raises(UserError, match=r"least_train_samples: must be between 1 and train_samples \(2\), got 3"):
         replace(recipe, least_train_samples=3)
+
+
+def test_completions_of_somebody_else_s_making_are_learned_from(tmp_path):
+    """Whose law is not known: without importance weights, or with log-probabilities; and a table is one as it is."""
+    rows = [
+        {"prompt": f"{i}+1=?", "completion": f"#### {i + right}", "reward": right} for i in range(6) for right in (0, 1)
+    ]
+    file = tmp_path / "given.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    given = replace(SMALL, out=str(tmp_path / "run"), completions=str(file))
+    with pytest.raises(UserError, match=r"logprobs: .* train without importance weights \(importance_cap: null\)"):
+        run(given, say=lambda _: None)
+    unweighted = replace(given, training=replace(SMALL.training, importance_cap=None))
+    assert run(unweighted, say=lambda _: None).training["completions"] == 12
+    assert dqo.lead(given) == f"Trained offline on the completions in {file}."
+    again = replace(unweighted, out=str(tmp_path / "again"), completions=str(tmp_path / "run" / "train"))
+    assert run(again, say=lambda _: None).training["completions"] == 12
+    with pytest.raises(UserError, match="completions: no such rollout table or file"):
+        run(replace(given, completions="nowhere.jsonl"), say=lambda _: None)
 
 
 def test_the_recipe_is_one(tmp_path):

@@ -1,10 +1,11 @@
 """Five steps of DQO on a small random model with tied embeddings; the launcher decides on how many ranks and under what ZeRO.
 
-accelerate launch --use_deepspeed --zero_stage 3 --num_processes 2 tests/trainers/ranks_dqo.py OUT [bf16]
+accelerate launch --use_deepspeed --zero_stage 3 --num_processes 2 tests/trainers/ranks_dqo.py OUT [--bf16] [--resume CHECKPOINT]
 """
 
+import argparse
 import json
-import sys
+import os
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ def examples() -> list[dict]:
     ]
 
 
-def trained(out: Path, rows: int, accumulation: int, bf16: bool = False) -> DQOTrainer:
+def trained(out: Path, rows: int, accumulation: int, bf16: bool = False, checkpoint: Path | None = None) -> DQOTrainer:
     """Every step takes eight examples, `rows` at a time on every rank; in the first only the value model learns."""
     model = actor_critic().bfloat16() if bf16 else actor_critic()
     data = labelled(model, examples(), "reference", out / "cache")
@@ -62,15 +63,16 @@ def trained(out: Path, rows: int, accumulation: int, bf16: bool = False) -> DQOT
         use_cpu=True,
         disable_tqdm=True,
         save_strategy="steps",
-        save_steps=5,
+        save_steps=2,
+        save_total_limit=None,
     )
     trainer = DQOTrainer(model, arguments, data)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     return trainer
 
 
-def main(out: Path) -> None:
-    trainer = trained(out, rows=2, accumulation=2, bf16="bf16" in sys.argv)
+def main(out: Path, bf16: bool, checkpoint: Path | None) -> None:
+    trainer = trained(out, 2, 4 // int(os.environ["WORLD_SIZE"]), bf16, checkpoint)
     trainer.save(out / "policy")
     if trainer.is_world_process_zero():
         wrapped = trainer.model_wrapped
@@ -84,4 +86,9 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--resume", type=Path)
+    args = parser.parse_args()
+    main(args.out, args.bf16, args.resume)

@@ -303,3 +303,12 @@ def _StopAt(step):
             control.should_training_stop = state.global_step >= step
 
     return Stop()
+
+
+def test_the_progress_bar_shows_three_numbers(tmp_path, capsys):
+    model = actor_critic()
+    data = labelled(model, examples(), "reference", tmp_path)
+    settings = arguments(tmp_path / "run", max_steps=2, disable_tqdm=False, logging_steps=1)
+    DQOTrainer(model, settings, data).train()
+    shown = capsys.readouterr().err
+    assert "explained=" in shown and "KL=" in shown and "effective=" in shown and "residual_1" not in shown
