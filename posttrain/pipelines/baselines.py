@@ -23,7 +23,7 @@ from posttrain.pipelines.value_training import MADE_BY, last_checkpoint
 from posttrain.provenance import hash_json, plain, versions, write_json
 from posttrain.rollouts.table import RolloutTable
 from posttrain.trainers.baselines import TRAINERS, BaselineTraining, Method
-from posttrain.trainers.dqo_examples import examples_of
+from posttrain.trainers.dqo_examples import check_vocabulary, examples_of
 
 TITLES: dict[Method, str] = {"rejection": "rejection sampling, SFT", "dpo": "DPO", "kto": "KTO"}
 
@@ -107,6 +107,7 @@ def _learn(
 
     started = time.perf_counter()
     start = load_model(policy.name, ranks.device, "float32")
+    check_vocabulary(table, start.tokenizer, start.model.get_input_embeddings().num_embeddings)
     scratch = folder.with_name(f"{folder.name}-checkpoints-{hash_json([key, *ranks.launch])[:12]}")
     trainer = TRAINERS[method](
         start.model, start.tokenizer, examples_of([table], policy.fingerprint, weighted=False), settings, scratch, seed

@@ -56,6 +56,10 @@ class DQOTraining:
         default="seq", metadata={"help": "what a loss is a mean over: token, or of each completion first"}
     )
     full_gradient: bool = field(default=False, metadata={"help": "differentiate the returns too"})
+    truncated: Literal["keep", "drop"] = field(
+        default="keep",
+        metadata={"help": "completions that were cut at a length: keep, with no reward above 0, or drop"},
+    )
     process: Literal["additive", "shaping"] = field(
         default="additive",
         metadata={"help": "what scores of steps are, where the table has any: rewards, or a potential"},
@@ -292,12 +296,12 @@ def _learn(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     from posttrain.trainers.dqo import DQOConfig, DQOTrainer, labelled, launch_of  # seconds of import
-    from posttrain.trainers.dqo_examples import examples_of
-    from posttrain.trainers.follow import follow
+    from posttrain.trainers.dqo_examples import check_vocabulary, examples_of
 
     started = time.perf_counter()
     shared = None not in (config.lora_rank, config.value_lora_rank)
     start = load_model(policy.name, ranks.device, "float32")
+    check_vocabulary(table, policy.tokenizer, start.model.get_input_embeddings().num_embeddings)
     probe = Probe.from_pretrained(config.probe).to(ranks.device) if config.probe else None
     model = ActorCritic(start.model, new_critic(start.model, policy.fingerprint, shared, probe))
     examples = labelled(
@@ -305,6 +309,7 @@ def _learn(
         examples_of(
             [table],
             policy.fingerprint,
+            config.truncated,
             process=config.process,
             process_scale=config.process_scale,
             weighted=config.importance_cap is not None,
@@ -313,7 +318,8 @@ def _learn(
         folder.parent,
         config.batch_size,
     )
-    say(f"DQO on {len(examples)} completions")
+    cut = sum(not example["ended"] for example in examples)
+    say(f"DQO on {len(examples)} completions{f', {cut} of them cut at a length' if cut else ''}")
     scratch = folder.with_name(f"{folder.name}-checkpoints-{key[:12]}")
     checkpoint = last_checkpoint(scratch)
     rows, accumulation = config.batch_size, config.accumulation
@@ -353,6 +359,7 @@ def _learn(
         "config": plain(config),
         "seed": seed,
         "completions": len(examples),
+        "truncated": cut,
         "last": log[-1] if log else {},
         "seconds": time.perf_counter() - started,
         "processes": trainer.args.world_size,

@@ -10,6 +10,7 @@ from posttrain.rollouts.table import RolloutTable
 
 Truncated = Literal["keep", "drop"]
 Process = Literal["additive", "shaping"]
+DECODED = 8  # rows whose text is compared
 
 
 class Example(TypedDict):
@@ -80,6 +81,24 @@ def examples_of(
             "sample more, with a larger max_tokens"
         )
     return examples
+
+
+def check_vocabulary(table: RolloutTable, tokenizer: Any, size: int) -> None:
+    """Whether the table's ids are of this tokenizer and of a model of `size` embeddings: a policy that did not sample it may have
+    another vocabulary. Errors: UserError naming `vocabulary`."""
+    rows = list(table.rows())
+    largest = max((i for row in rows for i in (*(row["prompt_ids"] or ()), *(row["completion_ids"] or ()))), default=0)
+    if largest >= size:
+        raise UserError(
+            f"vocabulary: {table.folder} has the token {largest}, and the model {size} embeddings; it is another's"
+        )
+    for row in rows[:DECODED]:
+        text, ids = row["completion"], row["completion_ids"]
+        if text and ids and not tokenizer.decode(ids, skip_special_tokens=True).startswith(text):
+            raise UserError(
+                f"vocabulary: the tokens of row {row['prompt_id']!r} of {table.folder} do not say {text[:40]!r} in this model's "
+                "vocabulary; they are another's"
+            )
 
 
 def _has_tokens(row: dict[str, Any], where: str) -> bool:

@@ -1,10 +1,12 @@
 """Rows of a rollout table as DQO's examples: rewards, truncation, who sampled them, and tables that cannot be used."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from posttrain.errors import UserError
 from posttrain.rollouts.table import read_table, write_manifest, write_shard
-from posttrain.trainers.dqo_examples import examples_of
+from posttrain.trainers.dqo_examples import check_vocabulary, examples_of
 
 NAN, INF = float("nan"), float("inf")
 PLAIN = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_tokens": 9, "seed": 0}
@@ -234,3 +236,12 @@ def test_nothing_to_learn_from_is_said(table, rows):
     tables = [table(*rows)] if rows else []
     with pytest.raises(UserError, match="table: no completion is left to learn from"):
         examples_of(tables, "f")
+
+
+def test_a_table_of_another_vocabulary_is_refused(table):
+    tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: " ".join(map(str, ids)))
+    check_vocabulary(table(row([5, 6], 1.0, completion="5 6")), tokenizer, 13)
+    with pytest.raises(UserError, match=r"vocabulary: .* has the token 12, and the model 12 embeddings"):
+        check_vocabulary(table(row([5, 6], 1.0)), tokenizer, 12)
+    with pytest.raises(UserError, match=r"vocabulary: the tokens of row .* do not say '5, 6' in this model's"):
+        check_vocabulary(table(row([5, 6], 1.0, completion="5, 6")), tokenizer, 13)
