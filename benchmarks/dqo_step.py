@@ -1,6 +1,7 @@
 """What a step of DQO costs: time and peak memory beside TRL's SFTTrainer and DPOTrainer, on the same tokens and the same model.
 
     python -m benchmarks.dqo_step [--vocab 1000 150000] [--hidden 256] [--layers 8] [--rows 4] [--time 128] [--repeats 3]
+        [--parts times peaks growth]
 
 A random Llama (on a GPU, by default, one of half a billion parameters) learns from rows of `time` tokens, a quarter of them
 prompt; DPO gets the same rows as pairs, and runs its reference too. Arms are interleaved; a ratio is the median over repeats,
@@ -39,6 +40,7 @@ from posttrain.trainers.dqo import DQOConfig, DQOTrainer, labelled
 WIDTH = 120
 WARM_UP = 1  # a trainer's first step makes the optimizer's state
 RANK = 16
+PARTS = ("times", "peaks", "growth")
 ARMS = (
     *("SFT", "DPO", "DQO", "DQO, LoRA critic", "DQO, critic's upper half", "DQO, no critic"),
     *("SFT, LoRA", "DPO, LoRA", "DQO, LoRA", "DQO, LoRA, critic's upper half", "DQO, LoRA, no critic"),
@@ -226,13 +228,13 @@ def own_peak(arm: str, args: argparse.Namespace, vocab: int) -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10 - resident / 2**20
 
 
-def print_steps(args: argparse.Namespace, vocab: int) -> None:
+def print_times(args: argparse.Namespace, vocab: int) -> None:
     model = random_llama(args, vocab)
     size = sum(weight.numel() for weight in model.parameters()) / 1e6
     times = [{arm: step_seconds(arm, args, vocab) for arm in ARMS} for _ in range(args.repeats)]
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"cpu, {args.threads} threads"
     table = Table(title=f"{size:.0f}M parameters, vocabulary {vocab}; {args.rows} x {args.time} tokens; {where}")
-    for column in ("arm", "s / step", "of SFT", "range", "bound", "of bound", "peak, MiB"):
+    for column in ("arm", "s / step", "of SFT", "range", "bound", "of bound"):
         table.add_column(column, justify="left" if column == "arm" else "right")
     for arm in ARMS:
         base = "SFT, LoRA" if ", LoRA" in arm and arm != "DQO, LoRA critic" else "SFT"
@@ -245,9 +247,19 @@ def print_steps(args: argparse.Namespace, vocab: int) -> None:
             f"{min(ratios):.2f} to {max(ratios):.2f}",
             f"{reckoned:.2f}",
             f"{ratio / reckoned:.2f}",
-            f"{peak(arm, args, vocab):.0f}",
             end_section=arm == "DQO, no critic",
         )
+    Console(width=WIDTH).print(table)
+
+
+def print_peaks(args: argparse.Namespace) -> None:
+    table = Table(title=f"peak MiB; {args.rows} x {args.time} tokens")
+    table.add_column("vocabulary")
+    for vocab in args.vocab:
+        table.add_column(f"{vocab}", justify="right")
+    for arm in ARMS:
+        peaks = [f"{peak(arm, args, vocab):.0f}" for vocab in args.vocab]
+        table.add_row(arm, *peaks, end_section=arm == "DQO, no critic")
     Console(width=WIDTH).print(table)
 
 
@@ -279,7 +291,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10 if gpu else 2, help="that are timed, in each repeat")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--parts", nargs="+", choices=("steps", "growth"), default=["steps", "growth"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
     parser.add_argument("--peak", metavar="ARM", help="print the peak memory of one arm, and nothing else")
     args = parser.parse_args()
     args.device, args.bf16 = ("cuda", True) if gpu else ("cpu", False)
@@ -290,8 +302,10 @@ def main() -> None:
     if args.peak:
         print(own_peak(args.peak, args, args.vocab[0]))
         return
-    for vocab in args.vocab if "steps" in args.parts else ():
-        print_steps(args, vocab)
+    for vocab in args.vocab if "times" in args.parts else ():
+        print_times(args, vocab)
+    if "peaks" in args.parts:
+        print_peaks(args)
     if "growth" in args.parts:
         print_growth(args)
 

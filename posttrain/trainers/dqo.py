@@ -265,13 +265,15 @@ class DQOTrainer(Trainer):
             self._universal = True
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """After a universal checkpoint, from which DeepSpeed gives all groups the settings of the first, each has its own again."""
+        """After a universal checkpoint DeepSpeed gives all groups the settings of the first, and all parameters one count of steps,
+        which each of them then raises: here each has its own again."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if self._universal:
-            for group, settings, rate in zip(
-                self.optimizer.param_groups, self._groups, self.lr_scheduler.get_last_lr(), strict=True
-            ):
-                group.update(settings, lr=rate)
+            rates = self.lr_scheduler.get_last_lr()
+            for group, decay, rate in zip(self.optimizer.param_groups, self._decays, rates, strict=True):
+                group.update(weight_decay=decay, lr=rate)
+            for state in self.optimizer.state.values():
+                state["step"] = copy.deepcopy(state["step"])
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         args, strategy = self.args, self.args.train_sampling_strategy
@@ -295,7 +297,7 @@ class DQOTrainer(Trainer):
             if own:
                 optimizer.add_param_group({**group, "params": own, "lr": self.args.value_learning_rate})
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-        self._groups = [{"weight_decay": group["weight_decay"]} for group in optimizer.param_groups]
+        self._decays = [group["weight_decay"] for group in optimizer.param_groups]
         return optimizer
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Tensor]:
