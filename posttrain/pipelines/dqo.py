@@ -295,8 +295,9 @@ def _learn(
     key: str,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    from posttrain.trainers.dqo import DQOConfig, DQOTrainer, labelled, launch_of  # seconds of import
+    from posttrain.trainers.dqo import SHOWN, DQOConfig, DQOTrainer, labelled, launch_of  # seconds of import
     from posttrain.trainers.dqo_examples import check_vocabulary, examples_of
+    from posttrain.trainers.follow import follow
 
     started = time.perf_counter()
     shared = None not in (config.lora_rank, config.value_lora_rank)
@@ -348,7 +349,7 @@ def _learn(
         peft_config=_lora(config.lora_rank),
         value_peft_config=_lora(config.value_lora_rank),
     )
-    follow(trainer, folder)
+    follow(trainer, folder, SHOWN)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save(folder)
     release(trainer)

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -44,6 +44,11 @@ from posttrain.trainers.dqo_metrics import measure
 
 ADAPTERS = "adapters.safetensors"  # of a checkpoint: all that is trained, where the rest is frozen
 LAUNCH = "launch.json"  # of a checkpoint: the processes that wrote it
+SHOWN = {
+    "explained_variance": "explained",
+    "kl": "KL",
+    "ess": "effective",
+}  # what says whether it goes well, beside the bar
 REFERENCE_TOLERANCE = 1e-3  # nats per token, in float32: what kernels and batches may change
 
 
@@ -163,17 +168,13 @@ class EpochOrder(Sampler):
         return iter(torch.randperm(len(self.lengths), generator=generator).tolist())
 
 
-class Bar(ProgressCallback):
-    """transformers' progress bar, with the three numbers that say whether it goes well, instead of all in a line of their own:
-    explained variance of the returns, KL per token, and the effective share of the completions."""
-
-    SHOWN: ClassVar = {"explained_variance": "explained", "kl": "KL", "ess": "effective"}
+class DQOProgress(ProgressCallback):
+    """transformers' progress bar, with the numbers of `SHOWN` beside it instead of all in a line of their own."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and self.training_bar is not None and logs:
-            shown = {title: f"{logs[name]:.3g}" for name, title in self.SHOWN.items() if name in logs}
-            if shown:
-                self.training_bar.set_postfix(shown)
+        shown = {title: f"{logs[name]:.3g}" for name, title in SHOWN.items() if logs and name in logs}
+        if state.is_world_process_zero and self.training_bar is not None and shown:
+            self.training_bar.set_postfix(shown)
 
 
 class DQOTrainer(Trainer):
@@ -213,7 +214,7 @@ class DQOTrainer(Trainer):
             callbacks=callbacks,
         )
         if self.pop_callback(ProgressCallback):
-            self.add_callback(Bar)
+            self.add_callback(DQOProgress)
         self.model_accepts_loss_kwargs = True  # the losses divide by the counts of the whole step themselves
         self._measured: list[dict[str, float]] = []
         self._checked = False

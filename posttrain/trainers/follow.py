@@ -1,5 +1,6 @@
 """What a transformers Trainer logs, in the record of the run and wherever else it reports to; its progress on a terminal."""
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,15 @@ from posttrain.progress import Bar, bar
 TIMES = frozenset({"total_flos"})  # of the machine, not of the training
 
 
-def follow(trainer: Any, folder: Path) -> None:
-    """Instead of the trainer's own ways to print. folder: what it makes, within the run's, which names its lines."""
+LOSS = {"loss": "loss"}
+
+
+def follow(trainer: Any, folder: Path, shown: Mapping[str, str] = LOSS) -> None:
+    """Instead of the trainer's own ways to print. folder: what it makes, within the run's, which names its lines; shown: which of
+    what it logs stands beside the bar, and as what."""
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(_Progress(folder.name))
+    trainer.add_callback(_Progress(folder.name, shown))
     run = record.current()
     if run is None:
         return
@@ -53,10 +58,10 @@ class _Record(TrainerCallback):
 
 
 class _Progress(TrainerCallback):
-    """Steps, and the loss."""
+    """Steps, and some of what is logged."""
 
-    def __init__(self, title: str) -> None:
-        self.title = title
+    def __init__(self, title: str, shown: Mapping[str, str]) -> None:
+        self.title, self.shown = title, shown
         self.stack = ExitStack()
         self.bar = Bar()
 
@@ -69,8 +74,9 @@ class _Progress(TrainerCallback):
         self.bar.advance()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        if logs and "loss" in logs:
-            self.bar.advance(0, f"loss {logs['loss']:.4g}")
+        numbers = [f"{title} {logs[name]:.4g}" for name, title in self.shown.items() if logs and name in logs]
+        if numbers:
+            self.bar.advance(0, ", ".join(numbers))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.stack.close()
