@@ -101,8 +101,6 @@ def _learn(
     key: str,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    from transformers.integrations import is_deepspeed_zero3_enabled
-
     from posttrain.trainers.follow import follow
 
     started = time.perf_counter()
@@ -115,11 +113,9 @@ def _learn(
     say(f"{TITLES[method]} on {len(trainer.train_dataset)} {'pairs' if method == 'dpo' else 'completions'}")
     follow(trainer, folder)
     trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
-    # Under ZeRO-3 a rank has but a part of the weights; a launcher need not have thought of saving.
-    whole = trainer.model_wrapped._zero3_consolidated_16bit_state_dict() if is_deepspeed_zero3_enabled() else None
     rows = len(trainer.train_dataset)
+    trainer.save_model(str(folder))
     if ranks.first:
-        trainer._save(str(folder), whole)
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody needs: the settings stand below
     release(trainer)
     log = [entry for entry in trainer.state.log_history if "loss" in entry]

@@ -185,6 +185,11 @@ def run(config: DQORunConfig, say: Callable[[str], None] = print, tables_in: Pat
     """
     ranks = Ranks(config.device)
     say = say if ranks.first else _silent
+    if config.baselines and ranks.deepspeed:
+        raise UserError(
+            "baselines: are trained in one process or under DDP; leave them out under DeepSpeed, and add them in another run: what "
+            "is finished is kept"
+        )
     out = Path(config.out)
     test_plan = _plan(config, config.test_split, config.test_prompts, config.test_samples)
     test_rows = test_plan.rows()

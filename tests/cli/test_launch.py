@@ -42,16 +42,19 @@ def launched(folder: Path, config: dict, *options: str, command: str = "dqo") ->
 @pytest.mark.deepspeed
 def test_dqo_under_zero_3(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
-    done = launched(tmp_path / "a", {**DQO, "baselines": ["dpo"]}, "--use_deepspeed", "--zero_stage", "3")
+    done = launched(tmp_path / "a", DQO, "--use_deepspeed", "--zero_stage", "3")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("policy: ") == 1  # the first process alone reports
     out = tmp_path / "a" / "run"
     assert json.loads((out / "policy" / "made_by.json").read_text())["processes"] == 2
     base = AutoModelForCausalLM.from_pretrained(ROOT / "posttrain" / "assets" / "tiny").state_dict()
-    for folder in (out / "policy", out / "dpo" / "policy"):
-        trained = AutoModelForCausalLM.from_pretrained(folder).state_dict()
-        assert {name: weight.shape for name, weight in trained.items()} == {name: w.shape for name, w in base.items()}
-        assert any(not weight.equal(base[name]) for name, weight in trained.items())
+    trained = AutoModelForCausalLM.from_pretrained(out / "policy").state_dict()
+    assert {name: weight.shape for name, weight in trained.items()} == {name: w.shape for name, w in base.items()}
+    assert any(not weight.equal(base[name]) for name, weight in trained.items())
+
+    done = launched(tmp_path / "b", {**DQO, "baselines": ["dpo"]}, "--use_deepspeed", "--zero_stage", "3")
+    assert done.returncode != 0
+    assert done.stderr.count("posttrain: error: baselines: are trained in one process or under DDP") == 1
 
 
 def test_dqo_under_ddp_and_one_readable_error(tmp_path: Path) -> None:
