@@ -12,15 +12,19 @@ from typing import Any
 
 import httpx
 
+from posttrain.decoding.vllm import RECORD
 from posttrain.errors import UserError
 
 FINGERPRINT = "X-Policy-Fingerprint"  # of the policy that made an answer
 POLICY = "/v1/policy"
-PARTS = {"fingerprint", "context", "vocab", "settings"}  # of its answer
+PARTS = {"fingerprint", "context", "vocab", "settings", "guidance"}  # of its answer
+GUIDE = "/v1/guide"
+ACCOUNT = "/v1/guide/account"
 COMPLETIONS = "/v1/completions"
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 10.0  # seconds before a lost replica is tried again; doubled each time
 CONNECT, PROBE = 10.0, 30.0  # seconds, at most: for a connection, and for the one token of a replica that wants back
 IDLE = 2.0  # seconds; shorter than servers keep idle connections, or a request would go into a closed one
+START = 1800.0  # seconds, at most, that a server needs to start anew
 ATTEMPTS = 20  # for one request: what brings so many replicas down would bring them all down
 
 Json = dict[str, Any]
@@ -71,9 +75,9 @@ class Replicas:
         self._watches: set[asyncio.Task[None]] = set()
         self._alone_since: float | None = None
 
-    async def open(self) -> None:
-        """Until every replica was tried and one serves. Errors: UserError as `complete`."""
-        self._alone_since = time.monotonic()
+    async def open(self, grace: float = 0.0) -> None:
+        """Until every replica was tried and one serves; grace: seconds more than `patience`. Errors: UserError as `complete`."""
+        self._alone_since = time.monotonic() + grace
         await asyncio.gather(*map(self._try, self.replicas))
         for replica in self.replicas:
             if not replica.up:
@@ -119,6 +123,25 @@ class Replicas:
         await self._tell()
         if not any(replica.up for replica in self.replicas):
             raise UserError(f"weights: no replica takes {folder}: {self._troubles()}")
+
+    async def restart(self, folder: str, guidance: Json) -> None:
+        """Every replica again, with this guide; what they have in common then is asked anew. Errors: UserError naming `guide`
+        for one that is refused, and as `complete`."""
+        answers = await asyncio.gather(
+            *(
+                self._send("POST", replica, GUIDE, self._timeout, {"folder": folder, "guidance": guidance})
+                for replica in self.replicas
+                if replica.up
+            ),
+            return_exceptions=True,
+        )
+        for answer in answers:
+            if isinstance(answer, httpx.Response) and answer.status_code == 400:
+                raise UserError(f"guide: the service refuses it: {_shown(answer)}")
+        self.identity = None
+        for replica in self.replicas:
+            replica.up = False
+        await self.open(START)
 
     async def _push(self, replica: Replica, folder: str) -> None:
         try:
@@ -234,6 +257,12 @@ class Replicas:
                 raise Lost(f"gave a completion up ({choice['finish_reason']})")
         except (KeyError, TypeError, ValueError):
             raise Lost("answers something that is no completion") from None
+        if record := body.get("vllm_xargs", {}).get(RECORD):
+            asked = {"record": record, "ids": choice["token_ids"]}
+            answer = await self._send("POST", replica, ACCOUNT, timeout, asked)
+            if answer.status_code != 200:
+                raise Lost(f"gives no account of its guidance: {_shown(answer)}")
+            choice["guidance"] = _json(answer)
         return choice
 
     async def _send(

@@ -5,15 +5,19 @@ it, same weights and seeds give the same law, and equal rows only where batches 
 """
 
 import asyncio
+import json
 import queue
 import tempfile
 import threading
 from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
+from uuid import uuid4
 
+from posttrain.decoding.vllm import BETA, CANDIDATES, RECORD, VLLMGuide
 from posttrain.errors import UserError
 from posttrain.models.load import model_fingerprint
 from posttrain.rollouts.engine import Completion, Request, Sampling, check_request
@@ -50,6 +54,7 @@ class ServiceEngine:
             if not value > 0:
                 raise UserError(f"{name}: must be above 0 seconds, got {value:g}")
         self.slots = slots * len(bases)
+        self.guide: VLLMGuide | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout service", daemon=True)
         self._thread.start()
@@ -59,8 +64,7 @@ class ServiceEngine:
             strangers = [replica for replica in self._replicas.replicas if replica.stranger]
             if strangers:
                 raise UserError(f"url: {strangers[0].url} {strangers[0].trouble}; all must serve the same")
-            self.fingerprint: str = self._identity["fingerprint"]
-            self.context: int = self._identity["context"]
+            self._take_over()
             if fingerprint is not None and fingerprint != self.fingerprint:
                 raise UserError(
                     f"model: {bases[0]} serves {self.fingerprint[:16]}, this model's fingerprint is {fingerprint[:16]}; "
@@ -70,6 +74,10 @@ class ServiceEngine:
             self.close()
             raise
 
+    def _take_over(self) -> None:
+        self.fingerprint: str = self._identity["fingerprint"]
+        self.context: int = self._identity["context"]
+
     @property
     def _identity(self) -> dict[str, Any]:
         assert self._replicas is not None and self._replicas.identity is not None
@@ -78,7 +86,8 @@ class ServiceEngine:
     @property
     def settings(self) -> dict[str, Any]:
         """What decides its completions, besides the weights and the request: not how many replicas there are."""
-        return {"engine": "service", **self._identity["settings"]}
+        guidance = {"guidance": self.guide.settings} if self.guide else {}
+        return {"engine": "service", **self._identity["settings"], **guidance}
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Completions as they finish. Errors: UserError for a request that cannot fit, before any generation; one naming `url`
@@ -86,8 +95,8 @@ class ServiceEngine:
         waiting, vocab = list(requests), self._identity["vocab"]
         for request in waiting:
             check_request(request, self.context)
-            if request.beta is not None:
-                raise UserError("beta: this engine has no guide; use the transformers engine, or leave beta out")
+            if request.beta is not None and self.guide is None:
+                raise UserError("beta: this engine has no guide; give it a value model, or leave beta out")
             if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < vocab:
                 raise UserError(f"prompt: request {request.id} has token ids outside the model's vocabulary of {vocab}")
         return self._run(waiting)
@@ -134,6 +143,31 @@ class ServiceEngine:
         with tempfile.TemporaryDirectory() as scratch:
             source.save_pretrained(scratch)
             self.sync_weights(scratch)
+
+    def use_guide(self, guide: VLLMGuide, restart: bool) -> None:
+        """From now on requests with a `beta` are guided by it; those without stand beside them as they are.
+
+        restart: replicas that have another guide, or none, start anew with this one, and with the policy that they were started
+        with first. Errors: UserError naming `guide`.
+        """
+        assert self._replicas is not None
+        if restart and self._identity["guidance"] != guide.settings:
+            folder = str(guide.folder.absolute())
+            self._wait(self._replicas.restart(folder, asdict(guide.guidance)))
+            self._take_over()
+        if self._identity["guidance"] != guide.settings:
+            told = json.dumps(asdict(guide.guidance))
+            raise UserError(
+                f"guide: the service has {'another' if self._identity['guidance'] else 'none'}; start it with "
+                f"--guide {guide.folder} --guidance '{told}'"
+            )
+        self.guide = guide
+
+    def follow(self, fingerprint: str) -> None:
+        """Goes on with weights that another process has pushed."""
+        assert self._replicas is not None and self._replicas.identity is not None
+        self._replicas.identity = {**self._replicas.identity, "fingerprint": fingerprint}
+        self.fingerprint = fingerprint
 
     def close(self) -> None:
         """Stops the thread; the service goes on."""
@@ -204,7 +238,14 @@ def body(request: Request) -> dict[str, Any]:
         "stop": list(sampling.stop),
         "logprobs": 0,
         "return_token_ids": True,
+        **({} if request.beta is None else {"vllm_xargs": guidance(request)}),
     }
+
+
+def guidance(request: Request) -> dict[str, Any]:
+    """A name of its own for every request: whoever asks it again has another."""
+    asked = {BETA: request.beta, RECORD: uuid4().hex}
+    return asked if request.candidates is None else {**asked, CANDIDATES: request.candidates}
 
 
 def completion(request: Request, choice: dict[str, Any]) -> Completion:
@@ -216,7 +257,11 @@ def completion(request: Request, choice: dict[str, Any]) -> Completion:
     if len(ids) != len(logprobs):
         raise UserError(f"url: the service gave {len(ids)} tokens and {len(logprobs)} log-probabilities")
     stop = choice.get("stop_reason")
-    return Completion(request.id, ids, logprobs, choice["finish_reason"], stop if isinstance(stop, str) else None)
+    done = Completion(request.id, ids, logprobs, choice["finish_reason"], stop if isinstance(stop, str) else None)
+    if request.beta is None:
+        return done
+    account = choice["guidance"]
+    return replace(done, kl=account["kl"], log_ratio=sum(logprobs) - account["reference"])
 
 
 async def _opened(replicas: Replicas) -> Replicas:

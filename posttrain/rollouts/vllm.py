@@ -193,7 +193,7 @@ class VLLMEngine:
         self.close()
 
 
-def check_for_vllm(*, device: str | None, threads: int | None, dtype: str | None) -> None:
+def check_for_vllm(*, device: str | None = None, threads: int | None = None, dtype: str | None) -> None:
     """Errors: UserError for what only the transformers engine does."""
     for name, value, instead in (
         ("device", device, "it takes the one it was built for; CUDA_VISIBLE_DEVICES chooses among GPUs"),

@@ -1,7 +1,7 @@
 """A stand-in for `posttrain rollout-service` in a process of its own: completions are a pure function of prompt and seed.
 
 python fake_replica.py PORT [FINGERPRINT]      prints its port once it serves
-POST /fake {"mode": ..., "delay": ...}         ok | hang | error | abort | refuse | busy | other; GET /fake: what it has done
+POST /fake {"mode": ..., "delay": ...}         ok | hang | error | abort | refuse | busy | other | deaf; GET /fake: what it has done
 """
 
 import json
@@ -10,9 +10,14 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from posttrain.models.load import model_fingerprint
 
 CONTEXT, VOCAB = 512, 101
-state = {"mode": "ok", "delay": 0.0, "served": 0, "most": 0, "running": 0, "fingerprint": "f" * 64, "authorization": ""}
+state = {"mode": "ok", "delay": 0.0, "served": 0, "pushes": 0, "most": 0, "running": 0, "authorization": ""}
+state |= {"fingerprint": "f" * 64, "guidance": None, "starting": 0}
+accounts = {}
 lock = threading.Lock()
 
 
@@ -42,6 +47,9 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, state)
         elif state["mode"] == "hang":
             time.sleep(3600)
+        elif state["starting"]:  # answers as the real one does until it has ended
+            state["starting"] -= 1
+            self.answer(503, {"error": "it starts anew"})
         else:
             self.answer(200, identity())
 
@@ -51,8 +59,19 @@ class Handler(BaseHTTPRequestHandler):
             state.update(body)
             self.answer(200, state)
         elif self.path == "/v1/policy":
-            state["fingerprint"] = body["folder"].rpartition("/")[2]
+            if state["mode"] != "deaf":
+                state["fingerprint"] = model_fingerprint(Path(body["folder"]))
+                state["pushes"] += 1
             self.answer(200, identity())
+        elif self.path == "/v1/guide":
+            if body["folder"].endswith("bad"):
+                return self.answer(400, {"error": "guide: it is bad"})
+            state["guidance"], state["starting"] = {"folder": body["folder"], **body["guidance"]}, 2
+            self.answer(202, {})
+        elif self.path == "/v1/guide/account":
+            if (ids := accounts.pop(body["record"], None)) != body["ids"]:
+                return self.answer(404, {"error": "no such record"})
+            self.answer(200, {"kl": float(len(ids)), "reference": -2.0 * len(ids)})
         else:
             with lock:
                 state["running"] += 1
@@ -74,6 +93,8 @@ class Handler(BaseHTTPRequestHandler):
         ids, logprobs, reason = drawn(body["prompt"], body.get("seed"), body["max_tokens"])
         choice = {"token_ids": ids, "finish_reason": "abort" if mode == "abort" else reason, "stop_reason": None}
         choice["logprobs"] = {"token_logprobs": logprobs}
+        if "vllm_xargs" in body:
+            accounts[body["vllm_xargs"]["guidance_record"]] = ids
         with lock:
             state["served"] += body["max_tokens"] > 1  # a probe asks for one
         return self.answer(200, {"choices": [choice]})
@@ -87,7 +108,8 @@ def fingerprint():
 
 
 def identity():
-    return {"fingerprint": fingerprint(), "context": CONTEXT, "vocab": VOCAB, "settings": {"dtype": "float32"}}
+    common = {"context": CONTEXT, "vocab": VOCAB, "settings": {"dtype": "float32"}}
+    return {"fingerprint": fingerprint(), "guidance": state["guidance"], **common}
 
 
 if __name__ == "__main__":

@@ -1,51 +1,24 @@
 """The engine on a service, against stand-ins for its replicas: what it gives, and what it survives."""
 
-import subprocess
-import sys
+import signal
 import threading
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import httpx
 import pytest
 
+from posttrain.decoding.guidance import Guidance
 from posttrain.errors import UserError
+from posttrain.models.load import model_fingerprint
 from posttrain.rewards.math import Grade
 from posttrain.rollouts import replicas
 from posttrain.rollouts.collect import Prompt, collect
 from posttrain.rollouts.engine import Request, Sampling
 from posttrain.rollouts.service import ServiceEngine, service_urls
 from tests.rollouts.fake_replica import drawn
-
-PRINT = "f" * 64
-SCRIPT = Path(__file__).with_name("fake_replica.py")
-
-
-class Fake:
-    """A stand-in's process; killed, it comes back on the same port."""
-
-    def __init__(self, delay=0.0):
-        self.port, self.delay = 0, delay
-        self.start()
-
-    def start(self, fingerprint=PRINT):
-        command = [sys.executable, str(SCRIPT), str(self.port), fingerprint, str(self.delay)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        self.port = int(self.process.stdout.readline())
-        self.url = f"http://127.0.0.1:{self.port}"
-
-    def kill(self):
-        self.process.kill()
-        self.process.wait()
-        self.process.stdout.close()
-
-    def tell(self, **state):
-        return httpx.post(f"{self.url}/fake", json=state).json()
-
-    @property
-    def state(self):
-        return httpx.get(f"{self.url}/fake").json()
+from tests.rollouts.fakes import PRINT, Fake
 
 
 @pytest.fixture
@@ -211,6 +184,26 @@ def test_a_cut_network_is_waited_for(fake):
         thread.join()
 
 
+@pytest.mark.slow
+def test_a_network_that_swallows_everything_for_twenty_seconds_is_waited_for(fake):
+    """Connections stand, and nothing comes: as of processes that are stopped."""
+    pair = [fake(0.02), fake(0.02)]
+    asked = requests(200)
+
+    def cut():
+        until(lambda: pair[0].state["served"] >= 20)
+        for one in pair:
+            one.process.send_signal(signal.SIGSTOP)
+        time.sleep(20)
+        for one in pair:
+            one.process.send_signal(signal.SIGCONT)
+
+    with ServiceEngine([one.url for one in pair], slots=4, timeout=3, patience=60) as engine:
+        thread = meanwhile(cut)
+        check_all(list(engine.generate(asked)), asked)
+        thread.join()
+
+
 def test_no_replica_for_too_long_is_one_error(fake):
     one = fake(0.02)
     with ServiceEngine([one.url], slots=4, patience=0.5) as engine:
@@ -260,14 +253,65 @@ def test_a_refused_request_ends_the_run(fake):
             list(engine.generate(requests(3)))
 
 
-def test_new_weights_reach_every_replica(fake, tmp_path):
-    pair = [fake(), fake()]
-    with ServiceEngine([one.url for one in pair], patience=1) as engine:
-        (tmp_path / "config.json").write_text("{}")
+def test_new_weights_reach_every_replica_and_one_that_does_not_take_them_is_left_out(fake, tmp_path):
+    pair = [fake(0.01), fake(0.01)]
+    for name in "abc":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(f'{{"name": "{name}"}}')
+    asked = requests(40)
+    with ServiceEngine([one.url for one in pair], slots=4, patience=1) as engine:
+        engine.sync_weights(tmp_path / "a")
+        assert engine.fingerprint == model_fingerprint(tmp_path / "a") == pair[0].state["fingerprint"]
+        check_all(list(engine.generate(asked)), asked)
+        assert min(one.state["served"] for one in pair) >= 10
+        pair[1].tell(mode="deaf", served=0)
+        engine.sync_weights(tmp_path / "b")
+        check_all(list(engine.generate(asked)), asked)
+        assert pair[1].state["served"] == 0
+        pair[0].tell(mode="deaf")
         with pytest.raises(UserError, match="^weights: no replica takes .* serves another model"):
-            engine.sync_weights(
-                tmp_path
-            )  # the stand-ins call a policy by its folder's name, which is not its fingerprint
+            engine.sync_weights(tmp_path / "c")
+
+
+def test_another_process_follows_a_push(fake, tmp_path):
+    one = fake()
+    (tmp_path / "config.json").write_text("{}")
+    asked = requests(5)
+    with ServiceEngine([one.url]) as first, ServiceEngine([one.url], patience=0.5) as second:
+        first.sync_weights(tmp_path)
+        second.follow(first.fingerprint)
+        check_all(list(second.generate(asked)), asked)
+
+
+def guided_by(name):
+    settings = {"folder": f"/guides/{name}", **asdict(Guidance())}
+    return SimpleNamespace(folder=Path(f"/guides/{name}"), guidance=Guidance(), settings=settings)
+
+
+def test_replicas_start_anew_with_a_guide_and_give_account_of_it(fake):
+    pair = [fake(), fake()]
+    asked = [replace(one, beta=0.1 if one.id % 2 else None) for one in requests(20)]
+    with ServiceEngine([one.url for one in pair], slots=4, patience=20) as engine:
+        with pytest.raises(UserError, match="^beta: this engine has no guide"):
+            engine.generate(asked)
+        with pytest.raises(
+            UserError, match="^guide: the service has none; start it with --guide /guides/a --guidance "
+        ):
+            engine.use_guide(guided_by("a"), restart=False)
+        with pytest.raises(UserError, match="^guide: the service refuses it: 400: .*it is bad"):
+            engine.use_guide(guided_by("bad"), restart=True)
+        engine.use_guide(guided_by("a"), restart=True)
+        assert engine.settings["guidance"] == guided_by("a").settings
+        found = list(engine.generate(asked))
+        for one in found:
+            guided = one.request_id % 2 == 1
+            assert one.kl == (len(one.ids) if guided else 0)
+            assert one.log_ratio == (sum(one.logprobs) + 2 * len(one.ids) if guided else 0)
+        check_all(found, asked)
+        with ServiceEngine([pair[0].url], slots=4) as beside:
+            beside.use_guide(guided_by("a"), restart=False)
+            with pytest.raises(UserError, match="^guide: the service has another"):
+                beside.use_guide(guided_by("b"), restart=False)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,9 @@ from posttrain.rollouts.transformers import TransformersEngine
         (["--slots", "0"], "slots: must be at least 1, got 0"),
         (["--context", "513"], "context: tiny has 512 tokens, got 513"),
         (["--dtype", "float8"], "dtype: must be float32 or bfloat16"),
+        (["--guidance", "{}"], "--guidance: it is the guide's; name one with --guide DIR"),
+        (["--guide", "somewhere", "--guidance", "[1]"], "--guidance: must be a JSON object, got '[1]'"),
+        (["--guide", "somewhere"], "guide: somewhere has no config.json"),
     ],
 )
 def test_a_mistake_is_one_line(options, message, capsys, monkeypatch):
