@@ -6,6 +6,7 @@ command goes on where it stopped. Every field of the configuration: posttrain.pi
 
 import argparse
 
+from posttrain.cli.engines import add_engine_arguments
 from posttrain.record import REPORT_TO, begin
 
 
@@ -14,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", help="the run's folder, instead of the configuration's")
     parser.add_argument("--model", help="instead of the configuration's")
     parser.add_argument("--report-to", nargs="+", metavar="NAME", help=REPORT_TO)
+    add_engine_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -21,7 +23,8 @@ def run(args: argparse.Namespace) -> None:
     from posttrain.config import build, read_yaml
     from posttrain.pipelines import dqo
 
-    overrides = {name: value for name, value in (("out", args.out), ("model", args.model)) if value is not None}
+    given = {"out": args.out, "model": args.model, "engine": args.engine, "urls": args.urls}
+    overrides = {name: value for name, value in given.items() if value is not None}
     config = build(dqo.DQORunConfig, {**read_yaml(args.config), **overrides})
     begin(config.out, config, args.report_to)
     result = dqo.run(config)

@@ -113,12 +113,13 @@ def _measure(words: list[str], given: dict[str, Any]) -> None:
     from posttrain.evaluation.benchmarks import load_all
     from posttrain.evaluation.harness import Model, evaluate
     from posttrain.evaluation.sweep import COLUMNS, Law, rows, sweep
-    from posttrain.models.load import load_model, load_tokenizer, model_folder
+    from posttrain.models.load import load_model, load_tokenizer
+    from posttrain.pipelines.engines import Sampler
     from posttrain.rollouts.chat import ChatEngine, Transcript
     from posttrain.rollouts.collect import check_folder
-    from posttrain.rollouts.service import ServiceEngine, check_for_service
+    from posttrain.rollouts.service import check_for_service
     from posttrain.rollouts.transformers import TransformersEngine
-    from posttrain.rollouts.vllm import VLLMEngine, check_for_vllm
+    from posttrain.rollouts.vllm import check_for_vllm
 
     if given.get("threads", 1) < 1:
         raise UserError(f"threads: must be at least 1, got {given['threads']}")
@@ -136,26 +137,17 @@ def _measure(words: list[str], given: dict[str, Any]) -> None:
         raise UserError("until: a sweep over several betas runs whole; leave it out")
     if given.get("engine") == "vllm":
         check_for_vllm(**{name: given.get(name) for name in ("device", "threads", "dtype")})
-        if len(betas) > 1:
-            raise UserError("--beta: one with --engine vllm; a sweep over several is the transformers engine's")
+    if given.get("engine") in ("vllm", "service") and len(betas) > 1:
+        raise UserError(
+            f"--beta: one with --engine {given['engine']}; a sweep over several is the transformers engine's"
+        )
     key = _endpoint_key(given)
-    fixed = {name: given.get(name) for name in ("guide", "device", "threads", "dtype")}
+    fixed = {name: given.get(name) for name in ("device", "threads", "dtype")}
     check_for_service(given.get("url"), given.get("engine") == "service", **fixed)
     check_folder(given["out"], given.get("resume", False))
     out, options = given["out"], {name: given[name] for name in ("seed", "resume", "shard_prompts") if name in given}
     until, slots = given.get("until", "report"), given.get("slots", 64)
     begin(out, {**given, "benchmarks": [task.benchmark for task in tasks]})
-    if given.get("engine") == "vllm":
-        policy = load_tokenizer(given["model"])
-        any_reference, dtype = given.get("any_reference", False), given.get("dtype", "auto")
-        served = load_vllm_guide(given["guide"], policy, any_reference=any_reference) if betas else None
-        with VLLMEngine(model_folder(given["model"]), slots=slots, dtype=dtype, guide=served) as running:
-            guided = (betas[0], served.name) if served else (None, None)
-            measured = Model(policy.name, running, policy.tokenizer, running.settings, *guided)
-            evaluate(tasks, measured, out, until=until, **options)
-        if until == "report":
-            _show(out)
-        return
     if "base_url" in given:
         for task in tasks:
             if not task.benchmark.chat:
@@ -167,10 +159,15 @@ def _measure(words: list[str], given: dict[str, Any]) -> None:
         if until == "report":
             _show(out)
         return
-    if given.get("engine") == "service":
+    if given.get("engine") in ("vllm", "service"):
         policy = load_tokenizer(given["model"])
-        with ServiceEngine(given["url"], fingerprint=policy.fingerprint, slots=slots, key=key) as service:
-            measured = Model(policy.name, service, policy.tokenizer, service.settings)
+        served = (
+            load_vllm_guide(given["guide"], policy, any_reference=given.get("any_reference", False)) if betas else None
+        )
+        sampler = Sampler(given["engine"], tuple(given.get("url", ())), given.get("dtype"))
+        with sampler.open(policy, slots, served) as running:
+            guided = (betas[0], served.name) if served else (None, None)
+            measured = Model(policy.name, running, policy.tokenizer, running.settings, *guided)
             evaluate(tasks, measured, out, until=until, **options)
         if until == "report":
             _show(out)

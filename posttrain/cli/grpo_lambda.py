@@ -6,6 +6,7 @@ Interrupted, the same command goes on where it stopped. Every field of the confi
 
 import argparse
 
+from posttrain.cli.engines import add_engine_arguments
 from posttrain.record import REPORT_TO, begin
 
 
@@ -15,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="instead of the configuration's")
     parser.add_argument("--report-to", nargs="+", metavar="NAME", help=REPORT_TO)
     parser.add_argument("--seed", type=int, help="instead of the configuration's")
+    add_engine_arguments(parser, ("transformers", "service"))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -22,7 +24,7 @@ def run(args: argparse.Namespace) -> None:
     from posttrain.config import build, read_yaml
     from posttrain.pipelines import grpo_lambda
 
-    given = {"out": args.out, "model": args.model, "seed": args.seed}
+    given = {"out": args.out, "model": args.model, "seed": args.seed, "engine": args.engine, "urls": args.urls}
     overrides = {name: value for name, value in given.items() if value is not None}
     config = build(grpo_lambda.GRPOLambdaRunConfig, {**read_yaml(args.config), **overrides})
     begin(config.out, config, args.report_to)

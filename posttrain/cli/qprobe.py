@@ -6,6 +6,7 @@ the probe, summary.json and report.html into the run's folder. Every field of th
 
 import argparse
 
+from posttrain.cli.engines import add_engine_arguments
 from posttrain.record import begin
 
 
@@ -13,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="a YAML file such as recipes/qprobe/gsm8k.yaml")
     parser.add_argument("--out", help="the run's folder, instead of the configuration's")
     parser.add_argument("--model", help="instead of the configuration's")
+    add_engine_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -20,7 +22,8 @@ def run(args: argparse.Namespace) -> None:
     from posttrain.config import build, read_yaml
     from posttrain.pipelines import qprobe
 
-    overrides = {name: value for name, value in (("out", args.out), ("model", args.model)) if value is not None}
+    given = {"out": args.out, "model": args.model, "engine": args.engine, "urls": args.urls}
+    overrides = {name: value for name, value in given.items() if value is not None}
     config = build(qprobe.QProbeConfig, {**read_yaml(args.config), **overrides})
     begin(config.out, config)
     result = qprobe.run(config)

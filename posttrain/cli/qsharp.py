@@ -7,6 +7,7 @@ runs one stage alone. Every field of the configuration: posttrain.pipelines.qsha
 
 import argparse
 
+from posttrain.cli.engines import add_engine_arguments
 from posttrain.record import REPORT_TO, begin
 
 
@@ -15,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", help="the run's folder, instead of the configuration's")
     parser.add_argument("--model", help="instead of the configuration's")
     parser.add_argument("--report-to", nargs="+", metavar="NAME", help=REPORT_TO)
+    add_engine_arguments(parser)
     parser.add_argument("--stage", choices=("collect", "train", "evaluate"), help="this stage only")
     parser.add_argument("--round", type=int, help="collect and train: this round only")
 
@@ -27,7 +29,8 @@ def run(args: argparse.Namespace) -> None:
 
     if args.round is not None and args.stage not in ("collect", "train"):
         raise UserError("round: it goes with --stage collect or --stage train")
-    overrides = {name: value for name, value in (("out", args.out), ("model", args.model)) if value is not None}
+    given = {"out": args.out, "model": args.model, "engine": args.engine, "urls": args.urls}
+    overrides = {name: value for name, value in given.items() if value is not None}
     config = build(qsharp.QSharpConfig, {**read_yaml(args.config), **overrides})
     begin(config.out, config, args.report_to)
     result = qsharp.run(config, args.stage, args.round)

@@ -6,7 +6,6 @@ Interrupted, the same command with --resume continues where it stopped; the tabl
 """
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,13 +65,14 @@ def run(args: argparse.Namespace) -> None:
     from posttrain.decoding.guide import load_guide
     from posttrain.decoding.vllm import load_vllm_guide
     from posttrain.errors import UserError
-    from posttrain.models.load import load_model, load_tokenizer, model_folder
+    from posttrain.models.load import load_model, load_tokenizer
+    from posttrain.pipelines.engines import Sampler
     from posttrain.pipelines.rollout import RolloutConfig, rollout
     from posttrain.provenance import plain
     from posttrain.rollouts.collect import check_folder
     from posttrain.rollouts.engine import Sampling
-    from posttrain.rollouts.service import ServiceEngine, check_for_service
-    from posttrain.rollouts.vllm import VLLMEngine, check_for_vllm
+    from posttrain.rollouts.service import check_for_service
+    from posttrain.rollouts.vllm import check_for_vllm
 
     if args.threads is not None:
         if args.threads < 1:
@@ -82,32 +82,30 @@ def run(args: argparse.Namespace) -> None:
     for name in ("beta", "candidates", "any_reference"):
         if not args.guide and getattr(args, name) not in (None, False):
             raise UserError(f"--{name.replace('_', '-')}: it is the guide's; name one with --guide DIR")
-    beta = (0.1 if args.beta is None else args.beta) if args.guide else None
-    config = RolloutConfig(
-        args.data, args.split, args.limit, args.prompt, args.samples, sampling, args.slots, args.shard_prompts, beta
-    )
-    guidance = Guidance() if args.candidates is None else Guidance(candidates=args.candidates)
     if args.engine == "vllm":
         check_for_vllm(device=args.device, threads=args.threads, dtype=args.dtype)
-    fixed = {name: getattr(args, name) for name in ("guide", "device", "threads", "dtype")}
+    fixed = {name: getattr(args, name) for name in ("device", "threads", "dtype")}
     check_for_service(args.url, args.engine == "service", **fixed)
+    config = RolloutConfig(
+        args.data,
+        args.split,
+        args.limit,
+        args.prompt,
+        args.samples,
+        sampling,
+        args.slots,
+        args.shard_prompts,
+        beta=(0.1 if args.beta is None else args.beta) if args.guide else None,
+        sampler=Sampler(args.engine, tuple(args.url or ()), args.dtype),
+    )
     check_folder(args.out, args.resume)
-    rows = config.rows()
+    rows, guidance = config.rows(), Guidance() if args.candidates is None else Guidance(candidates=args.candidates)
     begin(args.out, {"model": args.model, **plain(config), **{name: getattr(args, name) for name in OF_THE_ENGINE}})
-    if args.engine == "vllm":
-        policy = load_tokenizer(args.model)
-        served = load_vllm_guide(args.guide, policy, guidance, args.any_reference) if args.guide else None
-        folder = model_folder(args.model)
-        with VLLMEngine(folder, slots=args.slots, dtype=args.dtype or "auto", guide=served) as engine:
-            _show(rollout(policy, config, rows, args.out, args.resume, guide=served, engine=engine))
-        return
-    if args.engine == "service":
-        policy, key = load_tokenizer(args.model), os.environ.get("POSTTRAIN_API_KEY")
-        with ServiceEngine(args.url, fingerprint=policy.fingerprint, slots=args.slots, key=key) as service:
-            _show(rollout(policy, config, rows, args.out, args.resume, engine=service))
-        return
-    policy = load_model(args.model, args.device, args.dtype)  # takes time: after all that can be refused without it
-    guide = load_guide(args.guide, policy, guidance, args.any_reference) if args.guide else None
+    own = args.engine == "transformers"
+    # Takes time where the model is loaded here: after all that can be refused without it.
+    policy = load_model(args.model, args.device, args.dtype) if own else load_tokenizer(args.model)
+    load = load_guide if own else load_vllm_guide
+    guide = load(args.guide, policy, guidance, args.any_reference) if args.guide else None
     _show(rollout(policy, config, rows, args.out, args.resume, guide=guide))
 
 

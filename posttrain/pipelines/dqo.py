@@ -31,6 +31,7 @@ from posttrain.models.load import Policy, load_model, load_tokenizer, set_aside
 from posttrain.models.probe import Probe
 from posttrain.pipelines import baselines
 from posttrain.pipelines.baselines import Baseline
+from posttrain.pipelines.engines import EngineName, Sampler
 from posttrain.pipelines.ranks import Ranks, release
 from posttrain.pipelines.rollout import RolloutConfig, check_overlap, lengths_by_verdict, rollout
 from posttrain.pipelines.value_training import last_checkpoint
@@ -139,6 +140,8 @@ class DQORunConfig:
     rejection: BaselineTraining = field(default_factory=BaselineTraining, metadata={"help": "SFT on right completions"})
     dpo: BaselineTraining = field(default=DPO, metadata={"help": "DPO on pairs of better and worse completions"})
     kto: BaselineTraining = field(default=KTO, metadata={"help": "KTO on all completions"})
+    engine: EngineName = field(default="transformers", metadata={"help": "what samples: transformers, vllm or service"})
+    urls: tuple[str, ...] = field(default=(), metadata={"help": "of the service: where posttrain rollout-service runs"})
     slots: int = field(default=64, metadata={"help": "requests in the running batch"})
     shard_prompts: int = field(default=50, metadata={"help": "prompts per shard: what is redone after an interruption"})
     device: str | None = field(default=None, metadata={"help": "cpu or cuda; default: cuda where there is one"})
@@ -451,8 +454,17 @@ def per_prompt(config: DQORunConfig) -> str:
 
 def _plan(config: DQORunConfig, split: str, limit: int, samples: int) -> RolloutConfig:
     sampling = Sampling(config.temperature, max_tokens=config.max_tokens, seed=config.seed)
+    sampler = Sampler(config.engine, config.urls, own=True)
     return RolloutConfig(
-        config.data, split, limit, config.prompt, samples, sampling, config.slots, config.shard_prompts
+        config.data,
+        split,
+        limit,
+        config.prompt,
+        samples,
+        sampling,
+        config.slots,
+        config.shard_prompts,
+        sampler=sampler,
     )
 
 

@@ -14,6 +14,7 @@ processes (`accelerate launch`) the first measures, and all sample and train.
 import dataclasses
 import json
 import math
+import os
 import shutil
 import time
 import warnings
@@ -32,6 +33,7 @@ from posttrain.evaluation.intervals import paired_comparison
 from posttrain.evaluation.plots import length_histogram, step_curves
 from posttrain.evaluation.report import Figure, write_report
 from posttrain.models.load import Policy, load_model, load_tokenizer, set_aside
+from posttrain.pipelines.engines import KEY, Sampler
 from posttrain.pipelines.ranks import Ranks, release
 from posttrain.pipelines.rollout import RolloutConfig, check_overlap, lengths_by_verdict, rollout
 from posttrain.pipelines.value_training import last_checkpoint
@@ -130,6 +132,10 @@ class GRPOLambdaRunConfig:
     temperature: float = field(default=1.0, metadata={"help": "of the test's completions"})
     max_tokens: int = field(default=192, metadata={"help": "at most so many tokens per test completion"})
     training: GRPOLambdaTraining = field(default_factory=GRPOLambdaTraining, metadata={"help": "gate and optimiser"})
+    engine: Literal["transformers", "service"] = field(
+        default="transformers", metadata={"help": "what samples: transformers or service"}
+    )
+    urls: tuple[str, ...] = field(default=(), metadata={"help": "of the service: where posttrain rollout-service runs"})
     slots: int = field(default=64, metadata={"help": "requests in the running batch"})
     shard_prompts: int = field(default=50, metadata={"help": "prompts per shard: what is redone after an interruption"})
     device: str | None = field(default=None, metadata={"help": "cpu or cuda; default: cuda where there is one"})
@@ -141,6 +147,8 @@ class GRPOLambdaRunConfig:
                 raise UserError(f"{name}: must be at least 1, got {getattr(self, name)}")
         if self.validation_prompts < 0:
             raise UserError(f"validation_prompts: must not be negative, got {self.validation_prompts}")
+        if self.engine == "service" and self.training.trl.get("use_vllm"):
+            raise UserError("training.trl.use_vllm: with engine: service the service samples; leave it out")
         if not self.arms or len(set(self.arms)) != len(self.arms):
             raise UserError(f"arms: must be different ones of {', '.join(ARMS)}, got {list(self.arms)}")
         if "length_reward" in self.training.trl and "plain" not in self.arms:
@@ -288,6 +296,7 @@ def _learn(
     launch = ranks.launch if ranks.deepspeed else []  # otherwise a checkpoint goes on in any number of processes
     scratch = folder.with_name(f"{folder.name}-checkpoints-{hash_json([key, *launch])[:12]}")
     start = load_model(policy.name, ranks.device, "float32")
+    rollouts = _rollouts(config, ranks.device == "cpu")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "You are using 'rollout_func'")
         trainer = GRPOLambdaTrainer(
@@ -298,10 +307,12 @@ def _learn(
             eval_set if held_out else None,
             processing_class=start.tokenizer,
             peft_config=_adapter(config.training),
-            rollout_func=_rollouts(config, ranks.device == "cpu"),
+            rollout_func=rollouts,
         )
     follow(trainer, folder)
     trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
+    if config.engine == "service":
+        rollouts.close()
     # Of all ranks together, where each has but a part of the weights, whether or not the launcher thought of saving.
     whole = trainer.model_wrapped._zero3_consolidated_16bit_state_dict() if is_deepspeed_zero3_enabled() else None
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -424,7 +435,11 @@ def arguments(config: GRPOLambdaRunConfig, arm: str, folder: Path, use_cpu: bool
 
 
 def _rollouts(config: GRPOLambdaRunConfig, cpu: bool) -> Any:
-    """Our engine on CPU; elsewhere, and with vLLM, TRL's own ways."""
+    """The service, or our engine on CPU; elsewhere, and with vLLM, TRL's own ways."""
+    if config.engine == "service":
+        from posttrain.trainers.service_rollouts import ServiceRollouts
+
+        return ServiceRollouts(config.urls, config.slots, os.environ.get(KEY))
     if not cpu or config.training.trl.get("use_vllm"):
         return None
     from posttrain.trainers.engine_rollouts import engine_rollouts
@@ -450,8 +465,17 @@ def _curves(logs: dict[str, list[dict[str, Any]]], name: str) -> dict[str, tuple
 
 def _plan(config: GRPOLambdaRunConfig, split: str, limit: int) -> RolloutConfig:
     sampling = Sampling(config.temperature, max_tokens=config.max_tokens, seed=config.seed)
+    sampler = Sampler(config.engine, config.urls, own=True)
     return RolloutConfig(
-        config.data, split, limit, config.prompt, config.test_samples, sampling, config.slots, config.shard_prompts
+        config.data,
+        split,
+        limit,
+        config.prompt,
+        config.test_samples,
+        sampling,
+        config.slots,
+        config.shard_prompts,
+        sampler=sampler,
     )
 
 

@@ -22,6 +22,7 @@ from posttrain.evaluation.report import Figure, write_report
 from posttrain.models.features import FeatureSpec, Pooling, all_specs, cached_features
 from posttrain.models.load import Policy, end_ids, load_model
 from posttrain.models.probe import Probe
+from posttrain.pipelines.engines import EngineName, Sampler
 from posttrain.pipelines.ranks import one_process
 from posttrain.pipelines.rollout import RolloutConfig, check_overlap, lengths_by_verdict, rollout
 from posttrain.provenance import plain, versions, write_json
@@ -53,6 +54,8 @@ class QProbeConfig:
     )
     poolings: tuple[Pooling, ...] = field(default=("last", "mean"), metadata={"help": "candidate poolings: last, mean"})
     probe: ProbeConfig = field(default_factory=ProbeConfig, metadata={"help": "the probe's own settings"})
+    engine: EngineName = field(default="transformers", metadata={"help": "what samples: transformers, vllm or service"})
+    urls: tuple[str, ...] = field(default=(), metadata={"help": "of the service: where posttrain rollout-service runs"})
     slots: int = field(default=64, metadata={"help": "requests in the running batch"})
     shard_prompts: int = field(default=50, metadata={"help": "prompts per shard: what is redone after an interruption"})
     device: str | None = field(default=None, metadata={"help": "cpu or cuda; default: cuda where there is one"})
@@ -71,7 +74,17 @@ class QProbeConfig:
     def plan(self, split: str, prompts: int, samples: int) -> RolloutConfig:
         """How one split is sampled."""
         sampling = Sampling(self.temperature, self.top_p, max_tokens=self.max_tokens, seed=self.seed)
-        return RolloutConfig(self.data, split, prompts, self.prompt, samples, sampling, self.slots, self.shard_prompts)
+        return RolloutConfig(
+            self.data,
+            split,
+            prompts,
+            self.prompt,
+            samples,
+            sampling,
+            self.slots,
+            self.shard_prompts,
+            sampler=Sampler(self.engine, self.urls, self.dtype),
+        )
 
 
 @dataclass(frozen=True)

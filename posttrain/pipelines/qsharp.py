@@ -25,6 +25,7 @@ from posttrain.config import within
 from posttrain.decoding.guidance import Guidance
 from posttrain.decoding.guide import ValueGuide, load_guide
 from posttrain.decoding.reward_model import value_scores
+from posttrain.decoding.vllm import VLLMGuide, load_vllm_guide
 from posttrain.errors import UserError
 from posttrain.evaluation.arms import Arm, policy_arm, reranked_arm, sampled_arms, weighted_vote_arm
 from posttrain.evaluation.intervals import mean_interval
@@ -32,6 +33,7 @@ from posttrain.evaluation.plots import frontier, length_histogram
 from posttrain.evaluation.report import Figure, write_report
 from posttrain.models.load import Policy, load_model
 from posttrain.models.value import base_fingerprint
+from posttrain.pipelines.engines import EngineName, Sampler
 from posttrain.pipelines.ranks import Ranks
 from posttrain.pipelines.rollout import RolloutConfig, check_overlap, lengths_by_verdict, rollout
 from posttrain.pipelines.value_training import MADE_BY, ValueTraining, train_value
@@ -43,6 +45,7 @@ from posttrain.rollouts.table import RolloutTable, is_finished, read_table
 from posttrain.rollouts.transformers import TransformersEngine
 
 Stage = Literal["collect", "train", "evaluate"]
+Law = Literal["qsharp", "cd"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 MATCHING_PROMPTS = 64  # training prompts on which the beta is found at which CD has the KL of Q#
 DEFINED = (
@@ -79,6 +82,8 @@ class QSharpConfig:
     )
     guidance: Guidance = field(default_factory=Guidance, metadata={"help": "candidates, delta, outside, order"})
     value: ValueTraining = field(default_factory=ValueTraining, metadata={"help": "the value model and its training"})
+    engine: EngineName = field(default="transformers", metadata={"help": "what samples: transformers, vllm or service"})
+    urls: tuple[str, ...] = field(default=(), metadata={"help": "of the service: where posttrain rollout-service runs"})
     slots: int = field(default=64, metadata={"help": "requests in the running batch"})
     shard_prompts: int = field(default=50, metadata={"help": "prompts per shard: what is redone after an interruption"})
     device: str | None = field(default=None, metadata={"help": "cpu or cuda; default: cuda where there is one"})
@@ -95,6 +100,12 @@ class QSharpConfig:
         for beta in (self.beta, *self.sweep):
             if not LEAST_BETA <= beta < math.inf:
                 raise UserError(f"beta: must be at least {LEAST_BETA:g} and finite, got {beta}")
+        if self.engine != "transformers" and self.value.head == "v":
+            raise UserError(
+                "value.head: a v head reads every candidate as one more token, which vLLM does not; take q or shared"
+            )
+        if self.engine != "transformers" and self.guidance.outside != "mask":
+            raise UserError("guidance.outside: must be mask in vLLM, which gives no account of other tokens")
         if self.guidance.law != "qsharp":
             raise UserError("guidance.law: a run measures both laws; leave it out")
         if self.train_split == self.test_split and self.test_data in (None, self.data):
@@ -182,13 +193,32 @@ class Work:
     def _plan(self, data: str, split: str, limit: int, samples: int) -> RolloutConfig:
         config = self.config
         sampling = Sampling(config.temperature, config.top_p, max_tokens=config.max_tokens, seed=config.seed)
-        return RolloutConfig(data, split, limit, config.prompt, samples, sampling, config.slots, config.shard_prompts)
+        return RolloutConfig(
+            data,
+            split,
+            limit,
+            config.prompt,
+            samples,
+            sampling,
+            config.slots,
+            config.shard_prompts,
+            sampler=Sampler(config.engine, config.urls, config.dtype, own=True),
+        )
 
-    def _guide(self, number: int, law: Literal["qsharp", "cd"] = "qsharp") -> ValueGuide:
+    def _guide(self, number: int, law: Law = "qsharp") -> ValueGuide:
+        return load_guide(self._value(number), self.policy, replace(self.config.guidance, law=law))
+
+    def sampling_guide(self, number: int, law: Law = "qsharp") -> ValueGuide | VLLMGuide:
+        """The same, of the engine that samples."""
+        if self.config.engine == "transformers":
+            return self.guide(number, law)
+        return load_vllm_guide(self._value(number), self.policy, replace(self.config.guidance, law=law))
+
+    def _value(self, number: int) -> Path:
         folder = self.out / f"round-{number}" / "value"
         if not (folder / MADE_BY).is_file():  # written last: without it the training was interrupted
             raise UserError(f"stage: round {number} has no value model in {folder}; train it first (--stage train)")
-        return load_guide(folder, self.policy, replace(self.config.guidance, law=law))
+        return folder
 
     def _completions(self, number: int) -> Path:
         """The table that a round's labels come from."""
@@ -221,7 +251,7 @@ class Work:
             folder / "rollin",
             resume=True,
             say=_silent,
-            guide=self.guide(number - 1),
+            guide=self.sampling_guide(number - 1),
         )
         rollout(
             self.policy,
@@ -334,14 +364,12 @@ class Work:
         ]
         return sum(done.kl for done in engine.generate(requests)) / len(requests)
 
-    def _guided(
-        self, number: int, law: Literal["qsharp", "cd"], beta: float, samples: int | None = None
-    ) -> RolloutTable:
+    def _guided(self, number: int, law: Law, beta: float, samples: int | None = None) -> RolloutTable:
         samples = samples or self.config.guided_samples
         plan = replace(self.test_plan, samples=samples, beta=beta)
         folder = self.out / "guided" / f"{law}-{number}-beta-{beta!r}-x{samples}"
         return rollout(
-            self.policy, plan, self.test_rows, folder, resume=True, say=_silent, guide=self.guide(number, law)
+            self.policy, plan, self.test_rows, folder, resume=True, say=_silent, guide=self.sampling_guide(number, law)
         )
 
 

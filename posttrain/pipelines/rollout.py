@@ -16,16 +16,16 @@ from posttrain.evaluation.metrics import MAX_SAMPLES, rates, token_stats
 from posttrain.evaluation.plots import accuracy_curves, length_histogram
 from posttrain.evaluation.report import Figure, write_report
 from posttrain.models.load import Policy
+from posttrain.pipelines.engines import Sampler
 from posttrain.rollouts.collect import check_prompts, collect, prompts_for
-from posttrain.rollouts.engine import LEAST_BETA, Engine, Sampling
+from posttrain.rollouts.engine import LEAST_BETA, Sampling
 from posttrain.rollouts.rollin import Prefix
 from posttrain.rollouts.table import RolloutTable
-from posttrain.rollouts.transformers import TransformersEngine
 
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """Which prompts, how many samples of each, and how they are sampled; `sampling.seed` draws generated problems too.
+    """Which prompts, how many samples of each, how and by what they are sampled; `sampling.seed` draws generated problems too.
 
     least_samples: a prompt has as few as that, drawn evenly from there to `samples`; None: as many of each.
     """
@@ -40,6 +40,7 @@ class RolloutConfig:
     shard_prompts: int | None = None
     beta: float | None = None
     least_samples: int | None = None
+    sampler: Sampler = field(default_factory=Sampler)
 
     def __post_init__(self) -> None:
         if self.beta is not None and not LEAST_BETA <= self.beta < math.inf:
@@ -70,46 +71,40 @@ def rollout(
     say: Callable[[str], None] = print,
     guide: ValueGuide | VLLMGuide | None = None,
     prefixes: Mapping[tuple[str, int], Prefix] | None = None,
-    engine: Engine | None = None,
 ) -> RolloutTable:
     """Shows one prompt as the model sees it, then collects; rows: those of the configuration.
 
-    engine: default: transformers, on the policy's model, with the guide, at the configuration's beta; prefixes: what was
-    rolled in (see `collect`).
+    guide: of the configuration's engine, at its beta; prefixes: what was rolled in (see `collect`).
     Errors: UserError naming the field, before anything is sampled.
     """
     template = config.template
-    if engine is None:
-        assert not isinstance(guide, VLLMGuide), "it guides in an engine of its own"
-        engine = TransformersEngine(
-            policy.model, policy.tokenizer, fingerprint=policy.fingerprint, slots=config.slots, guide=guide
-        )
     prompts = prompts_for(rows, policy.tokenizer, template)
-    check_prompts(prompts, engine, config.sampling)
-    say(f"prompt of row {prompts[0].id!r}, {len(prompts[0].ids)} tokens, as the model sees it:")
-    say(shortened(policy.tokenizer.decode(prompts[0].ids, skip_special_tokens=False)))
     grader = grader_fingerprint()[:16]
-    table = collect(
-        engine,
-        policy.tokenizer,
-        prompts,
-        samples=config.samples,
-        least_samples=config.least_samples,
-        sampling=config.sampling,
-        out=out,
-        policy=policy.name,
-        settings={
-            "source": f"{config.data}/{config.split}",
-            "template": template,
-            "grader": grader,
-            **engine.settings,
-        },
-        beta=config.beta,
-        guide=guide.name if guide else None,
-        prefixes=prefixes,
-        shard_prompts=config.shard_prompts,
-        resume=resume,
-    )
+    with config.sampler.open(policy, config.slots, guide) as engine:
+        check_prompts(prompts, engine, config.sampling)
+        say(f"prompt of row {prompts[0].id!r}, {len(prompts[0].ids)} tokens, as the model sees it:")
+        say(shortened(policy.tokenizer.decode(prompts[0].ids, skip_special_tokens=False)))
+        table = collect(
+            engine,
+            policy.tokenizer,
+            prompts,
+            samples=config.samples,
+            least_samples=config.least_samples,
+            sampling=config.sampling,
+            out=out,
+            policy=policy.name,
+            settings={
+                "source": f"{config.data}/{config.split}",
+                "template": template,
+                "grader": grader,
+                **engine.settings,
+            },
+            beta=config.beta,
+            guide=guide.name if guide else None,
+            prefixes=prefixes,
+            shard_prompts=config.shard_prompts,
+            resume=resume,
+        )
     if table.manifest["settings"].get("grader") != grader:
         say(f"{out} was graded by another version of the grader, and is kept; another folder would be graded anew")
     return table
