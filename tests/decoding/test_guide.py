@@ -1,5 +1,7 @@
 """Guided decoding in the engine against one candidate at a time, re-read from nothing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -54,9 +56,9 @@ def requests(count, betas, **settings):
 
 @torch.inference_mode()
 def naive(policy, value, guidance, request):
-    """ids, log-probabilities, KL, log-ratio and every step's log-tilts, with neither cache nor batch."""
+    """ids, log-probabilities, KL, log-ratio and every step's candidates with their log-tilts, with neither cache nor batch."""
     law = Law.of([request.sampling])
-    ids, logprobs, tilts, kl, log_ratio = [], [], [], 0.0, 0.0
+    ids, logprobs, steps, kl, log_ratio = [], [], [], 0.0, 0.0
     while len(ids) < request.sampling.max_tokens and not (ids and ids[-1] in request.sampling.stop_ids):
         prefix = [*request.prompt_ids, *ids]
         scores = law.scale(policy(input_ids=torch.tensor([prefix])).logits[:, -1])
@@ -70,7 +72,7 @@ def naive(policy, value, guidance, request):
             tilt = value.log_tilt(torch.stack(logits), request.beta, guidance.law)[None]
             if int(candidates.valid.sum()) == 1:
                 tilt = torch.zeros_like(tilt)
-            tilts.append(tilt[candidates.valid])
+            steps.append((candidates.ids[candidates.valid].tolist(), tilt[candidates.valid]))
             law_scores, step_kl = guide(scores, candidates, tilt, guidance.outside)
         uniforms = None if law.all_greedy else noise(torch.tensor([request.sampling.seed]), torch.tensor([len(ids)]))
         token, logprob = law.draw(law_scores, uniforms)
@@ -79,23 +81,27 @@ def naive(policy, value, guidance, request):
         kl += float(step_kl)
         if request.beta is not None:
             log_ratio += float(logprob - torch.log_softmax(scores, -1)[0, token])
-    return ids, logprobs, kl, log_ratio
+    return ids, logprobs, kl, log_ratio, steps
 
 
 def check(policy, value, guidance, asked, slots=5):
     value_guide = ValueGuide(value, policy, "a fingerprint", guidance)
     engine = TransformersEngine(policy, fingerprint="random", slots=slots, guide=value_guide)
-    found = {done.request_id: done for done in engine.generate(asked)}
+    found = {done.request_id: done for done in engine.generate(replace(request, explain=True) for request in asked)}
     assert len(found) == len(asked)
     for request in asked:
-        ids, logprobs, kl, log_ratio = naive(policy, value, guidance, request)
+        ids, logprobs, kl, log_ratio, steps = naive(policy, value, guidance, request)
         done = found[request.id]
         assert list(done.ids) == ids
         assert list(done.logprobs) == pytest.approx(logprobs, abs=1e-4)
         assert done.kl == pytest.approx(kl, abs=1e-4 * (1 + len(ids)))
         assert done.log_ratio == pytest.approx(log_ratio, abs=1e-4 * (1 + len(ids)))
         assert done.kl >= 0
-    return found
+        assert len(done.steps) == len(steps)
+        for step, (candidates, tilts) in zip(done.steps, steps, strict=True):
+            assert [candidate.id for candidate in step.candidates] == candidates
+            ratios = torch.tensor([candidate.logprob - candidate.reference for candidate in step.candidates])
+            torch.testing.assert_close(ratios - ratios[0], (tilts - tilts[0]).to(ratios), atol=1e-4, rtol=1e-5)
 
 
 BETAS = (0.1, None, 1.0, float("inf"), 0.5)
