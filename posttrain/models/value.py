@@ -8,6 +8,7 @@ Without `atoms` the head gives one logit, of a Bernoulli return; with them, logi
 an ordinary Hugging Face folder that remembers the policy whose returns it learned (`reference`).
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -226,6 +227,34 @@ def new_value_model(
     if zero_init:
         value.zero_head()
     return value
+
+
+def average_heads(values: Sequence[ValueModel], weights: Tensor) -> ValueModel:
+    """One shared head with the weighted mean of the value logits of several: exactly, their hidden layers side by side.
+
+    weights: [len(values)], of sum 1. Errors: UserError for heads that have a backbone each, or different atoms.
+    """
+    configs = [value.config for value in values]
+    if any(config.head != "shared" for config in configs):
+        raise UserError("history: only shared heads read the same states; value models of their own cannot be averaged")
+    if any(config.atoms != configs[0].atoms for config in configs):
+        raise UserError("history: the value models have different atoms")
+    averaged = ValueModel(
+        ValueModelConfig(**{**configs[0].to_dict(), "width": sum(config.width for config in configs)})
+    )
+    heads = [value.head for value in values]
+    scale = weights.to(heads[0].out.weight)
+    averaged.head.load_state_dict(
+        {
+            **{
+                name: torch.cat([head.state_dict()[name] for head in heads])
+                for name in ("prefix.weight", "prefix.bias", "candidate.weight")
+            },
+            "out.weight": torch.cat([w * head.out.weight for w, head in zip(scale, heads, strict=True)], 1),
+            "out.bias": scale @ torch.stack([head.out.bias for head in heads]),
+        }
+    )
+    return averaged
 
 
 def _base(name: str, device: str) -> Policy:

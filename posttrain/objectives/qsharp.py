@@ -61,6 +61,16 @@ def expected_return(value_logits: Tensor, atoms: Tensor | None = None) -> Tensor
     return torch.softmax(value_logits, -1) @ atoms.to(value_logits)
 
 
+def history_weights(count: int, decay: float = 0.9) -> Tensor:
+    """Weights [count] of the value logits of several rounds, newest first: proportional to decay^i, of sum 1.
+
+    Mirror descent keeps log pi = log pi_ref + a weighted sum of all rounds' Q; of the last `count` of them the weights are
+    scaled up to the whole sum (StaQ, arXiv 2506.13862, its weight-corrected variant).
+    """
+    weights = decay ** torch.arange(count, dtype=torch.float64)
+    return weights / weights.sum()
+
+
 def negative_log_likelihood(value_logits: Tensor, returns: Tensor, atoms: Tensor | None = None) -> Tensor:
     """-log Z(r) of every return [...]: value_logits [...] (Bernoulli, r within [0, 1]), or [..., atoms]."""
     if atoms is None:

@@ -13,6 +13,7 @@ from posttrain.models.load import TINY, load_model
 from posttrain.models.value import (
     CandidateHead,
     ValueModelConfig,
+    average_heads,
     load_value_model,
     new_value_model,
     value_fingerprint,
@@ -118,6 +119,28 @@ def test_a_shared_head_trains_no_trunk(policy):
     value(IDS, trunk=policy.model.get_decoder()).sum().backward()
     assert all(parameter.grad is None for parameter in policy.model.parameters())
     assert all(parameter.grad is not None for parameter in value.parameters())
+
+
+@pytest.mark.parametrize("atoms", [None, ATOMS])
+def test_the_mean_of_shared_heads_is_one_head(tmp_path, policy, atoms):
+    """Its logits are the weighted mean of theirs, also once saved."""
+    values = [new_value_model(policy, "shared", atoms=atoms, zero_init=False, width=8, seed=seed) for seed in (1, 2, 3)]
+    weights = torch.tensor([0.5, 0.3, 0.2])
+    average_heads(values, weights).save_pretrained(tmp_path)
+    logits = torch.stack([logits_of(value, policy) for value in values], -1)
+    averaged = load_value_model(tmp_path, policy)
+    torch.testing.assert_close(logits_of(averaged, policy), logits @ weights, atol=1e-5, rtol=1e-5)
+    assert sum(p.numel() for p in averaged.head.prefix.parameters()) == 3 * sum(
+        p.numel() for p in values[0].head.prefix.parameters()
+    )
+
+
+def test_only_shared_heads_of_the_same_atoms_have_a_mean(policy):
+    shared = new_value_model(policy, "shared")
+    with pytest.raises(UserError, match="history: only shared heads read the same states"):
+        average_heads([shared, new_value_model(policy, "q", layers=1)], torch.tensor([0.5, 0.5]))
+    with pytest.raises(UserError, match="history: the value models have different atoms"):
+        average_heads([shared, new_value_model(policy, "shared", atoms=ATOMS)], torch.tensor([0.5, 0.5]))
 
 
 def test_the_log_tilt_is_that_of_the_return_model(policy):

@@ -12,6 +12,7 @@ from posttrain.objectives.qsharp import (
     categorical_loss,
     expected_log_tilt,
     expected_return,
+    history_weights,
     nearest_atom,
     squared_loss,
 )
@@ -403,3 +404,13 @@ def test_g_star(arms, right, wrong, ours, cd):
     close(tilt(torch.zeros_like(p), bernoulli_log_tilt(torch.logit(p), 0.1)).exp()[0], ours)
     if cd is not None:
         close(tilt(torch.zeros_like(p), expected_log_tilt(torch.logit(p), 0.1)).exp()[0], cd)
+
+
+# -- several rounds together (StaQ)
+
+
+def test_weights_of_several_rounds():
+    close(history_weights(3), (0.369004, 0.332103, 0.298893))
+    close(history_weights(10)[:3], (0.153534, 0.138181, 0.124363))
+    close(history_weights(3) @ f64([1, 0], [0.5, 0.5], [0, 1]), (0.535055, 0.464945))
+    assert history_weights(1).tolist() == [1]
