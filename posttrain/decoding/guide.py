@@ -289,16 +289,16 @@ class GuideSession:
     ) -> Tensor:
         """States [tokens, d] of one flat forward; every argument int64 [tokens], as in `SlotCache` and `DecodeMasks.tree`."""
         assert self.guide.masks is not None
-        longest = read_length(int(places.max()) + 1)
-        self.cache.tree(rows, places, longest)
+        longest, tree = read_length(int(places.max()) + 1), Tree.of(rows, index)
+        self.cache.tree(tree, places, longest)
         with tree_attention(self.value.backbone):
             return self.value.backbone(
                 input_ids=tokens.unsqueeze(0),
                 position_ids=positions.unsqueeze(0),
-                attention_mask=self.guide.masks.tree(positions, ends, places, longest),
+                attention_mask=self.guide.masks.tree(tree, positions, ends, places, longest),
                 past_key_values=self.cache,
                 use_cache=True,
-                tree=Tree(rows, index),
+                tree=tree,
             ).last_hidden_state[0]
 
     def _projected(self, ids: Tensor) -> Tensor:

@@ -63,15 +63,14 @@ class SlotCache(Cache):
             self._range = torch.arange(len(positions), device=positions.device)
         self._rows = self._range
 
-    def tree(self, rows: Tensor, places: Tensor, longest: int) -> None:
-        """The next forward's batch is one flat row of tokens, written at the given places of the given slots.
+    def tree(self, tree: "Tree", places: Tensor, longest: int) -> None:
+        """The next forward's batch is one flat row of tokens, written at the given places [tokens] of their slots.
 
-        rows, places: int64 [tokens]. A place need not be a token's position: alternatives for the same position lie
-        beside each other, and `keep` puts the one that was chosen where it belongs.
+        A place need not be a token's position: alternatives for the same position lie beside each other, and `keep` puts
+        the one that was chosen where it belongs.
         """
         self._grow(longest)
-        self._rows, self._places, self._longest = rows, places, longest
-        self._active = int(rows.max()) + 1
+        self._rows, self._places, self._longest, self._active = tree.rows, places, longest, tree.slots
 
     def keep(self, rows: Tensor, sources: Tensor, targets: Tensor) -> None:
         """Copies one place of each of the slots `rows` to another place of the same slot."""
@@ -120,6 +119,24 @@ def read_length(longest: int) -> int:
     return -(-longest // ALIGNMENT) * ALIGNMENT
 
 
+@dataclass(frozen=True)
+class Tree:
+    """Whose the tokens of one flat row are: int64 [tokens] each, the slot, and the token's number among those of its slot.
+
+    slots: one more than the last slot; width: how many tokens the slot has that has most.
+    """
+
+    rows: Tensor
+    index: Tensor
+    slots: int
+    width: int
+
+    @classmethod
+    def of(cls, rows: Tensor, index: Tensor) -> "Tree":
+        last, most = torch.stack((rows.max(), index.max())).tolist()
+        return cls(rows, index, last + 1, most + 1)
+
+
 class DecodeMasks:
     """What each row of a decoding step may attend to: itself and before, and in sliding-window layers no further than
     the window.
@@ -146,6 +163,9 @@ class DecodeMasks:
             )
         self.hidden = torch.finfo(model.dtype).min
         self.dtype = model.dtype
+        self.groups: int = config.num_attention_heads // getattr(
+            config, "num_key_value_heads", config.num_attention_heads
+        )
 
     def __call__(self, positions: Tensor, length: int) -> Tensor | dict[str, Tensor]:
         """Additive masks [rows, 1, 1, length], one or one per kind of layer, as transformers takes them."""
@@ -156,13 +176,17 @@ class DecodeMasks:
             masks[kind] = mask[:, None, None]
         return masks if len(masks) > 1 else masks.popitem()[1]
 
-    def tree(self, positions: Tensor, ends: Tensor, places: Tensor, length: int) -> Tensor | dict[str, Tensor]:
-        """Of the tokens of a tree, bool [1, 1, tokens, length]: the places up to `ends`, where places are positions, and a
-        token's own place. positions, ends, places: int64 [tokens]."""
+    def tree(
+        self, tree: Tree, positions: Tensor, ends: Tensor, places: Tensor, length: int
+    ) -> Tensor | dict[str, Tensor]:
+        """Additive masks of a tree [slots, 1, width * groups, length], as `_tree_attention` reads them: the places up to
+        `ends`, where places are positions, and a token's own place. positions, ends, places: int64 [tokens]."""
         masks = {}
         for kind in self.kinds:
             seen = self._seen(kind, positions, ends, length).scatter_(1, places.unsqueeze(1), True)
-            masks[kind] = seen[None, None]
+            mask = torch.zeros(tree.slots, tree.width, length, dtype=self.dtype, device=seen.device)
+            mask[tree.rows, tree.index] = mask.new_zeros(seen.shape).masked_fill_(~seen, self.hidden)
+            masks[kind] = mask.repeat_interleave(self.groups, 1).unsqueeze(1)
         return masks if len(masks) > 1 else masks.popitem()[1]
 
     def _seen(self, kind: str, positions: Tensor, ends: Tensor, length: int) -> Tensor:
@@ -192,14 +216,6 @@ def _decode_attention(
 AttentionInterface.register("posttrain_decode", _decode_attention)
 
 
-@dataclass(frozen=True)
-class Tree:
-    """Whose the tokens of one flat row are: int64 [tokens] each, the slot, and the token's number among those of its slot."""
-
-    rows: Tensor
-    index: Tensor
-
-
 def _tree_attention(
     module: nn.Module,
     query: Tensor,
@@ -211,28 +227,25 @@ def _tree_attention(
     tree: Tree,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """[1, heads, tokens, d] against the slots [rows, kv_heads, longest, d]; attention_mask: bool [1, 1, tokens, longest].
+    """[1, heads, tokens, d] against the slots [slots, kv_heads, longest, d]; attention_mask: of `DecodeMasks.tree`.
 
     Only here are the tokens padded to the slot that has most of them; every other layer sees them as they are. Query
     heads that share a key-value head stand beside the queries, as in `_decode_attention`.
     """
     heads, tokens, dim = query.shape[1:]
-    slots, kv_heads = key.shape[:2]
-    width, groups = int(tree.index.max()) + 1, heads // kv_heads
+    kv_heads, width = key.shape[1], tree.width
+    groups = heads // kv_heads
     grouped = query[0].view(kv_heads, groups, tokens, dim).permute(2, 0, 1, 3)  # [tokens, kv_heads, groups, d]
-    padded = query.new_zeros(slots, width, kv_heads, groups, dim)
+    padded = query.new_zeros(tree.slots, width, kv_heads, groups, dim)
     padded[tree.rows, tree.index] = grouped
-    mask = torch.zeros(slots, width, key.shape[2], dtype=torch.bool, device=key.device)
-    mask[..., 0] = True  # a softmax over nothing is NaN
-    mask[tree.rows, tree.index] = attention_mask[0, 0]
     output = nn.functional.scaled_dot_product_attention(
-        padded.permute(0, 2, 1, 3, 4).reshape(slots, kv_heads, width * groups, dim),
+        padded.permute(0, 2, 1, 3, 4).reshape(tree.slots, kv_heads, width * groups, dim),
         key,
         value,
-        attn_mask=mask[:, None, :, None].expand(-1, 1, -1, groups, -1).flatten(2, 3),
+        attn_mask=attention_mask,
         scale=scaling,
     )
-    output = output.view(slots, kv_heads, width, groups, dim)[tree.rows, :, tree.index]
+    output = output.view(tree.slots, kv_heads, width, groups, dim)[tree.rows, :, tree.index]
     return output.reshape(1, tokens, heads, dim), None
 
 
