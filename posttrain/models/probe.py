@@ -70,6 +70,11 @@ class Probe(nn.Module):
             scores = self.second(F.relu(scores))
         return scores.squeeze(-1)
 
+    def spread(self, deviations: Tensor) -> Tensor:
+        """sum_j (theta_j x_j / std_j)^2 [...] of a linear probe; deviations x [..., d]: features less their mean, or the
+        difference of two. How far a score hangs on single features."""
+        return deviations.square() @ (self.first.weight[0] / self.std).square()
+
     @torch.no_grad()
     def score(self, features: Tensor, block: int = 8192) -> Tensor:
         """Scores [rows] of stored features [rows, d], a block at a time."""

@@ -37,6 +37,28 @@ def reward_loss(
     return losses.sum() / max(losses.numel(), 1)
 
 
+def dropout_penalty(
+    scores: Tensor, spread: Tensor, rate: float, kind: Literal["mse", "bce"] = "mse", mask: Tensor | None = None
+) -> Tensor:
+    """What dropout of a linear score's inputs adds to `reward_loss` in expectation: the limit of infinitely many masks.
+
+    spread: sum_j (theta_j h_j)^2 of the inputs h behind each score. rate / (1 - rate) * spread is the variance that inverted
+    dropout gives a score: exactly what a squared loss gains, and to second order, times sigma (1 - sigma) / 2, what bce does
+    (Wager, Wang and Liang 2013). Of a preference the score is the difference of two, and so are its inputs.
+    Errors: ValueError for another kind, and a rate outside [0, 1).
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f"rate: must be at least 0 and below 1, got {rate}")
+    if mask is not None:
+        scores, spread = scores[mask], spread[mask]
+    gains = rate / (1 - rate) * spread
+    if kind == "bce":
+        gains = gains * torch.sigmoid(scores) * torch.sigmoid(-scores) / 2
+    elif kind != "mse":
+        raise ValueError(f"kind: must be 'mse' or 'bce', got {kind!r}")
+    return gains.sum() / max(gains.numel(), 1)
+
+
 def preference_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
     """L_QP = mean -log sigmoid(Q_w - Q_l) over pairs (Bradley-Terry); both of one shape."""
     losses = F.softplus(rejected - chosen)

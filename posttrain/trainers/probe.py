@@ -25,7 +25,7 @@ from posttrain.decoding.rerank import best_of_k
 from posttrain.errors import UserError, nearest
 from posttrain.models.features import FeatureSpec
 from posttrain.models.probe import Probe, ProbeCard
-from posttrain.objectives.qprobe import policy_loss, preference_loss, reward_loss
+from posttrain.objectives.qprobe import dropout_penalty, policy_loss, preference_loss, reward_loss
 from posttrain.progress import bar
 
 Loss = Literal["policy", "bce", "mse", "preference"]
@@ -42,6 +42,9 @@ class ProbeConfig:
     standardise: bool = field(default=True, metadata={"help": "features to mean 0, std 1 over the training prompts"})
     learning_rate: float = field(default=3e-3, metadata={"help": "of AdamW; 3e-3 suits standardised features"})
     weight_decay: float = field(default=0.01, metadata={"help": "of AdamW; the reference code in effect has 0.01"})
+    dropout: float = field(
+        default=0.0, metadata={"help": "of a linear probe's features, in closed form; losses bce, mse, preference"}
+    )
     batch_chunks: int = field(default=100, metadata={"help": "chunks per optimiser step"})
     max_steps: int = field(default=2000, metadata={"help": "optimiser steps at most"})
     eval_steps: int = field(default=20, metadata={"help": "look at the held-out value every so many steps"})
@@ -66,6 +69,10 @@ class ProbeConfig:
             raise UserError(f"hidden: must be at least 1, got {self.hidden}; leave it out for a linear probe")
         if not 0 <= self.weight_decay < float("inf"):
             raise UserError(f"weight_decay: must not be negative, got {self.weight_decay}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout: must be at least 0 and below 1, got {self.dropout}")
+        if self.dropout and (self.hidden is not None or self.loss == "policy"):
+            raise UserError("dropout: its closed form is of a linear probe with loss bce, mse or preference")
         if not 0 < self.validation_fraction < 1:
             raise UserError(f"validation_fraction: must be between 0 and 1, got {self.validation_fraction}")
 
@@ -196,7 +203,7 @@ class ProbeTrainer:
         best, best_value = copy.deepcopy(probe.state_dict()), curve[0]
         for step, chunks in enumerate(islice(self._batches(train, generator), config.max_steps), 1):
             rows, valid = chunks.clamp(min=0), chunks >= 0  # [chunks, k_train]
-            loss = self._loss(probe(train.features[rows]), train.rewards[rows], valid)
+            loss = self._loss(probe, train.features[rows], train.rewards[rows], valid)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -233,15 +240,26 @@ class ProbeTrainer:
         chunks = chunks[groups.contrast(chunks) if comparing else (chunks >= 0).any(1)]
         return chunks[torch.randperm(len(chunks), generator=generator)].to(groups.features.device)
 
-    def _loss(self, scores: Tensor, rewards: Tensor, valid: Tensor) -> Tensor:
-        """Scalar; all [chunks, k_train]. Preferences are all pairs within a chunk that differ in reward."""
-        if self.config.loss == "policy":
-            return policy_loss(scores, rewards, self.config.beta_train, valid)
-        if self.config.loss == "preference":
+    def _loss(self, probe: Probe, features: Tensor, rewards: Tensor, valid: Tensor) -> Tensor:
+        """Scalar; features [chunks, k_train, d], the others [chunks, k_train]. Preferences are all pairs within a chunk that
+        differ in reward."""
+        config, scores = self.config, probe(features)
+        if config.loss == "policy":
+            return policy_loss(scores, rewards, config.beta_train, valid)
+        if config.loss == "preference":
             better = (rewards[:, :, None] > rewards[:, None, :]) & valid[:, :, None] & valid[:, None, :]
             chunk, chosen, rejected = better.nonzero(as_tuple=True)
-            return preference_loss(scores[chunk, chosen], scores[chunk, rejected])
-        return reward_loss(scores, rewards, self.config.loss, valid)
+            loss = preference_loss(scores[chunk, chosen], scores[chunk, rejected])
+            if config.dropout:  # one mask for both of a pair
+                margins = scores[chunk, chosen] - scores[chunk, rejected]
+                spread = probe.spread(features[chunk, chosen] - features[chunk, rejected])
+                loss = loss + dropout_penalty(margins, spread, config.dropout, "bce")
+            return loss
+        loss = reward_loss(scores, rewards, config.loss, valid)
+        if config.dropout:
+            spread = probe.spread(features - probe.mean)
+            loss = loss + dropout_penalty(scores, spread, config.dropout, config.loss, valid)
+        return loss
 
     def _value(self, scores: Tensor, groups: "_Groups") -> float:
         """Re-ranked reward by scores [rows], as ProbeResult says."""

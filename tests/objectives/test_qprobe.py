@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain.decoding.rerank import chunked_value
-from posttrain.objectives.qprobe import best_of_n, policy_loss, policy_value, preference_loss, reward_loss, select
+from posttrain.objectives.qprobe import (
+    best_of_n,
+    dropout_penalty,
+    policy_loss,
+    policy_value,
+    preference_loss,
+    reward_loss,
+    select,
+)
 
 NAN = float("nan")
 LOSSES = {
@@ -426,3 +434,41 @@ def test_best_of_n_against_the_mean_of_the_samples():
     assert (chosen.tolist(), advantages.tolist(), kept.tolist()) == ([1, 0], [1.0, 0.0], [True, False])
     with pytest.raises(ValueError, match="head_reduce"):
         best_of_n(scores, head_reduce="median")
+
+
+# -- dropout of a linear score's inputs, in closed form
+
+INPUTS, THETA = double([1, -2, 0.5, 3]), double([0.2, 0.1, -0.4, 0.3])
+SCORE, SPREAD = (INPUTS @ THETA)[None], (INPUTS * THETA).square().sum()[None]
+
+
+def test_vector_of_the_dropout_penalty():
+    right = torch.ones(1, dtype=torch.float64)
+    close(reward_loss(SCORE, right, "mse"), 0.09)
+    close(reward_loss(SCORE, right, "mse") + dropout_penalty(SCORE, SPREAD, 0.5, "mse"), 1.02)
+    close(reward_loss(SCORE, right, "bce") + dropout_penalty(SCORE, SPREAD, 0.5, "bce"), 0.5063, atol=5e-5)
+
+
+@pytest.mark.parametrize(("kind", "atol"), [("mse", 1e-9), ("bce", 3e-3)])
+def test_the_penalty_is_the_mean_over_all_masks(kind, atol):
+    """All 16 masks, each entry kept with probability 0.8; exact for squares, to second order for bce."""
+    right, penalty = torch.ones(1, dtype=torch.float64), dropout_penalty(SCORE, SPREAD, 0.2, kind)
+    mean = torch.zeros((), dtype=torch.float64)
+    for kept in itertools.product([0.0, 1.0], repeat=4):
+        chance = math.prod(0.8 if one else 0.2 for one in kept)
+        mean += chance * reward_loss((INPUTS * double(kept) / 0.8 @ THETA)[None], right, kind)
+    close(reward_loss(SCORE, right, kind) + penalty, mean.item(), atol=atol)
+
+
+def test_masked_scores_have_no_penalty():
+    scores, spread = torch.tensor([[0.3, NAN]]), torch.tensor([[2.0, NAN]])
+    for kind in ("mse", "bce"):
+        found = dropout_penalty(scores, spread, 0.1, kind, torch.tensor([[True, False]]))
+        assert found == dropout_penalty(scores[:, 0], spread[:, 0], 0.1, kind)
+    assert dropout_penalty(scores[:, 0], spread[:, 0], 0.0) == 0
+
+
+@pytest.mark.parametrize(("rate", "kind", "message"), [(1.0, "mse", "rate: must be"), (0.1, "policy", "kind: must be")])
+def test_bad_dropout(rate, kind, message):
+    with pytest.raises(ValueError, match=message):
+        dropout_penalty(SCORE, SPREAD, rate, kind)

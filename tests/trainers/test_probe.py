@@ -41,6 +41,18 @@ def test_reranking_new_prompts_beats_the_base_policy(loss, seed):
     assert base + 0.5 * (oracle - base) < value <= oracle
 
 
+@pytest.mark.parametrize("loss", ["bce", "mse", "preference"])
+def test_with_dropout_a_score_hangs_less_on_single_features(loss):
+    features, rewards = problem(0)
+    new_features, new_rewards = problem(100)
+    spreads = []
+    for dropout in (0.0, 0.7):
+        result = ProbeTrainer(quick(loss=loss, dropout=dropout)).fit(features, rewards)
+        spreads.append(result.probe.spread(new_features - result.probe.mean).mean().item())
+        assert best_of_k(result.probe(new_features), new_rewards, 8) > new_rewards.mean() + 0.1
+    assert spreads[1] < spreads[0]
+
+
 def test_hidden_layer_learns_what_a_line_cannot():
     features = torch.randn(100, 8, 2, generator=torch.Generator().manual_seed(0))
     rewards = (features.prod(-1) > 0).float()
@@ -195,6 +207,9 @@ def test_graded_rewards():
         ({"patience": 0}, "patience: "),
         ({"batch_chunks": 0}, "batch_chunks: "),
         ({"hidden": 0}, "hidden: "),
+        ({"dropout": 1.0}, "dropout: must be at least 0 and below 1"),
+        ({"dropout": 0.1}, "dropout: its closed form is of a linear probe with loss bce, mse or preference"),
+        ({"dropout": 0.1, "loss": "mse", "hidden": 8}, "dropout: its closed form"),
         ({"validation_fraction": 1.0}, "validation_fraction: "),
     ],
 )
