@@ -4,10 +4,20 @@
 
 SIGTERM ends it gracefully: what has begun is finished. Extra fields of a request: `guidance: {beta, top_k, guide,
 explain}` and `rerank: {k, beta, probe}`, or `guide` instead of `probe` for best-of by a guide's value model.
+
+With --engine vllm what follows `--` are vLLM's own options:
+
+    posttrain serve --engine vllm --model M --guide G -- --tensor-parallel-size 4
 """
 
 import argparse
 import os
+import signal
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from posttrain.serving.catalogue import Catalogue, Limits
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--probe", action="append", default=[], metavar="[NAME=]DIR", help="a probe of posttrain qprobe; repeatable"
     )
+    parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers", help="what samples")
     parser.add_argument("--host", default="127.0.0.1", help="another than this machine's own needs a key")
     parser.add_argument("--port", type=int, default=8000, help="0 is any free one")
     parser.add_argument(
@@ -36,18 +47,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU where there is one")
     parser.add_argument("--slots", type=int, default=64, help="completions sampled at the same time")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
+    parser.add_argument("vllm", nargs="*", metavar="-- OPTIONS", help="vLLM's own options")
 
 
 def run(args: argparse.Namespace) -> None:
     import torch
 
-    from posttrain.decoding.guidance import Guidance
     from posttrain.errors import UserError
-    from posttrain.models.load import load_model
+    from posttrain.rollouts.vllm import check_for_vllm
 
     try:
         from posttrain.serving.app import create_app
-        from posttrain.serving.catalogue import Catalogue, Limits, named_folders
+        from posttrain.serving.catalogue import Limits, named_folders
         from posttrain.serving.server import bind, check_open, serve
     except ModuleNotFoundError as error:
         raise UserError(f"serve: {error.name} is not installed; pip install 'posttrain[serve]'") from None
@@ -63,11 +74,69 @@ def run(args: argparse.Namespace) -> None:
     key = os.environ.get("POSTTRAIN_API_KEY") if args.api_key is None else args.api_key
     check_open(args.host, key)
     limits = Limits(args.max_requests, args.max_completions, args.max_body)
-    guidance = Guidance(candidates=args.candidates)
     guides, probes = named_folders("guide", args.guide), named_folders("probe", args.probe)
-    with bind(args.host, args.port) as bound:
-        catalogue = Catalogue.load(
-            load_model(args.model, args.device, args.dtype), guides, probes, guidance, args.slots, limits
-        )
+    if args.engine == "vllm":
+        check_for_vllm(device=args.device, threads=args.threads, dtype=args.dtype)
+        if len(guides) > 1:
+            raise UserError(
+                f"guide: one with --engine vllm, where it and the policy are one model, got {', '.join(guides)}; start a "
+                "server for each, or use --engine transformers"
+            )
+    elif args.vllm:
+        raise UserError(f"{args.vllm[0]}: is vLLM's; add --engine vllm")
+    load = _vllm if args.engine == "vllm" else _transformers
+    with bind(args.host, args.port) as bound, ExitStack() as stack:
+        catalogue = load(args, guides, probes, limits, stack)
         print(f"model {catalogue.name}, guides: {', '.join(guides) or 'none'}, probes: {', '.join(probes) or 'none'}")
         serve(create_app(catalogue, key), bound, args.drain, lambda text: print(text, flush=True))
+
+
+def _transformers(
+    args: argparse.Namespace, guides: dict[str, str], probes: dict[str, str], limits: "Limits", _: ExitStack
+) -> "Catalogue":
+    from posttrain.decoding.guidance import Guidance
+    from posttrain.models.load import load_model
+    from posttrain.serving.catalogue import Catalogue
+
+    guidance = Guidance(candidates=args.candidates)
+    policy = load_model(args.model, args.device, args.dtype)
+    return Catalogue.load(policy, guides, probes, guidance, args.slots, limits)
+
+
+def _vllm(
+    args: argparse.Namespace, guides: dict[str, str], probes: dict[str, str], limits: "Limits", stack: ExitStack
+) -> "Catalogue":
+    """What can be refused is, before vLLM starts. stack: what is to be closed when the server has ended."""
+    import torch
+
+    from posttrain.decoding.guidance import Guidance
+    from posttrain.decoding.rerank import Reranker
+    from posttrain.decoding.vllm import load_vllm_guide
+    from posttrain.models.load import load_model, load_tokenizer, model_folder
+    from posttrain.models.probe import Probe
+    from posttrain.rollouts.vllm import VLLMEngine
+    from posttrain.serving.catalogue import Catalogue
+
+    # In a process of its own, as in vLLM's own server: this one is busy with its clients.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    signal.signal(signal.SIGTERM, _interrupt)  # or that process would outlive this one
+    policy, guidance = load_tokenizer(args.model), Guidance(candidates=args.candidates)
+    served = {name: load_vllm_guide(folder, policy, guidance) for name, folder in guides.items()}
+    heads = {name: Probe.from_pretrained(folder, policy.fingerprint) for name, folder in probes.items()}
+    engine = stack.enter_context(
+        VLLMEngine(
+            model_folder(args.model),
+            slots=args.slots,
+            dtype=args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32"),
+            guide=next(iter(served.values()), None),
+            options=args.vllm,
+        )
+    )
+    if heads:  # vLLM shows no hidden states: a second copy of the policy reads them
+        policy = load_model(args.model, args.device, args.dtype)
+    rerankers = {name: Reranker(policy, probe.to(policy.model.device)) for name, probe in heads.items()}
+    return Catalogue(policy, served, rerankers, args.slots, limits, engine)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt

@@ -25,12 +25,15 @@ from posttrain.provenance import hash_json, write_json
 ARCHITECTURE = "PosttrainGuidedLM"
 MODEL = "posttrain.decoding.vllm_model:GuidedLM"
 PROCESSOR = "posttrain.decoding.vllm_processor:GuidanceProcessor"
+WORKER = "posttrain.decoding.vllm_model.GuidanceWorker"
 PROCESSORS_GROUP = "vllm.logits_processors"
 ABOUT = "posttrain_guide"  # what config.json says of the guide
 VALUE = "value"  # the folder within the folder
 BETA = "guidance_beta"
 CANDIDATES = "guidance_candidates"
 RECORD = "guidance_record"  # a name under which the model keeps what a request's KL is made of
+EXPLAIN = "guidance_explain"  # and what the value model said of each candidate
+SCORED = "guidance_scored"  # a token that the value model is asked of in place of the most likely candidate
 
 
 @dataclass(frozen=True)

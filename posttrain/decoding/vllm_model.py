@@ -5,7 +5,7 @@ same step asks for values (`value_logits`): nothing else passes between the two.
 """
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
@@ -23,17 +23,30 @@ from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_p
 from posttrain.decoding.guidance import Guidance
 from posttrain.decoding.vllm import ABOUT, VALUE
 from posttrain.models.value import ValueModel, ValueModelConfig
+from posttrain.objectives.qsharp import expected_return
 
 LOADED: "WeakValueDictionary[str, GuidedLM]" = WeakValueDictionary()  # by the id of vLLM's configuration
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a step's KL account is made of: candidates' ids and reference log-probabilities [rows, k], KL [rows]."""
+    """What a step's account is made of: of candidates [rows, k] ids, reference and guided log-probabilities, and whether they
+    count; KL [rows]; value logits [rows, k(, atoms)] where a request wants to know."""
 
     ids: Tensor
     reference: Tensor
+    logprobs: Tensor
+    valid: Tensor
     kl: Tensor
+    values: Tensor | None
+
+    def explain(self, row: int, atoms: Tensor | None) -> list[tuple[int, float, float, float]]:
+        """Of a row's candidates, most likely first: id, log-probabilities under reference and guided law, expected return."""
+        assert self.values is not None
+        count = int(self.valid[row].sum())
+        returns = expected_return(self.values[row, :count].float(), atoms)
+        columns = (self.ids[row, :count], self.reference[row, :count], self.logprobs[row, :count], returns)
+        return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
 class GuidedLM(nn.Module):
@@ -122,6 +135,21 @@ class GuidedLM(nn.Module):
         assert self._projected is not None
         return self.value.of_candidates(states[rows], self._projected[ids])
 
+    def account(self, name: str, ids: Sequence[int], explain: bool) -> tuple[float, float, list[Any]]:
+        """Of a request's record, which is then gone, and its tokens: the KL, the sum of their reference log-probabilities, and to
+        explain, of every step that of its token, and the candidates as `Step.explain`; plain numbers."""
+        record = self.records.pop(name, {})
+        rows = [record[position] for position in range(len(ids))]
+        if not rows:
+            return 0.0, 0.0, []
+        candidates = torch.stack([step.ids[row] for step, row in rows])
+        hits = candidates == torch.tensor(ids, device=candidates.device).unsqueeze(-1)
+        reference = torch.stack([step.reference[row] for step, row in rows])
+        reference = reference.masked_fill(~hits, 0).sum(-1)  # every sampled token was a candidate
+        kl = torch.stack([step.kl[row] for step, row in rows]).sum()
+        told = [step.explain(row, self.value.atoms) for step, row in rows] if explain else []
+        return float(kl), float(reference.sum()), list(zip(reference.tolist(), told, strict=False))
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Checkpoint names are the policy's own; those of the value model start with `value.`, and come at the first load
         only: whatever is pushed later is the policy's."""
@@ -147,6 +175,14 @@ class GuidedLM(nn.Module):
                 default_weight_loader(parameters[name], weight)
                 loaded.add(f"value.{name}")
         return loaded
+
+
+class GuidanceWorker:
+    """What vLLM adds to its workers (`worker_extension_cls`), for whoever holds the engine from another process."""
+
+    def guidance_account(self, name: str, ids: list[int], explain: bool) -> tuple[float, float, list[Any]]:
+        worker: Any = self
+        return worker.get_model().account(name, ids, explain)
 
 
 def _refuse(vllm_config: VllmConfig, config: ValueModelConfig) -> None:

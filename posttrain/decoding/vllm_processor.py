@@ -19,21 +19,24 @@ from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1Proce
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2Processor
 
-from posttrain.decoding.guidance import Candidates, guide, log_tilts
-from posttrain.decoding.vllm import ABOUT, BETA, CANDIDATES, RECORD
+from posttrain.decoding.guidance import Candidates, Tilted, guided_scores, log_tilts
+from posttrain.decoding.vllm import ABOUT, BETA, CANDIDATES, EXPLAIN, RECORD, SCORED
 from posttrain.decoding.vllm_model import LOADED, Step
 from posttrain.rollouts.engine import LEAST_BETA
 
 
 @dataclass(frozen=True)
 class Asked:
-    """The guidance of one request; temperature 1 where it is greedy: the law whose argmax is taken. outputs: its tokens so
-    far, a list that grows, where the runner has one."""
+    """The guidance of one request; temperature 1 where it is greedy: the law whose argmax is taken. explain: keep the values in
+    the record; scored: a token whose value is kept there, as the first candidate's. outputs: its tokens so far, a list that
+    grows, where the runner has one."""
 
     beta: float
     candidates: int | None
     temperature: float
     record: str | None
+    explain: bool = False
+    scored: int | None = None
     outputs: Sequence[int] = ()
 
     @classmethod
@@ -49,7 +52,10 @@ class Asked:
             raise ValueError(f"{BETA}: must be a number of at least {LEAST_BETA:g}, got {beta!r}")
         if candidates is not None and (type(candidates) is not int or candidates < 1):
             raise ValueError(f"{CANDIDATES}: must be a whole number of at least 1, got {candidates!r}")
-        return cls(float(beta), candidates, params.temperature or 1.0, extra.get(RECORD), outputs)
+        explain, scored = bool(extra.get(EXPLAIN)), extra.get(SCORED)
+        if scored is not None and (type(scored) is not int or not 0 <= scored < 2**31):
+            raise ValueError(f"{SCORED}: must be the id of a token, got {scored!r}")
+        return cls(float(beta), candidates, params.temperature or 1.0, extra.get(RECORD), explain, scored, outputs)
 
 
 class GuidanceProcessor(V1Processor, V2Processor):
@@ -117,13 +123,23 @@ class GuidanceProcessor(V1Processor, V2Processor):
         if any(one.candidates for one in asked):
             fewer = [one.candidates or model.guidance.candidates for one in asked]
             candidates = candidates.at_most(torch.tensor(fewer, device=logits.device))
-        values = model.value_logits(which, candidates.ids, len(logits))
+        ids = candidates.ids
+        scored = {row: one.scored for row, one in enumerate(asked) if one.scored is not None}
+        if scored:
+            ids = ids.clone()
+            tokens = torch.tensor(list(scored.values()), device=ids.device)
+            ids[list(scored), 0] = tokens.clamp(
+                max=logits.shape[-1] - 1
+            )  # clients of vLLM's own server say what they like
+        values = model.value_logits(which, ids, len(logits))
         tilts = log_tilts(model.value, values, beta, candidates.valid, temperature, model.guidance)
         tilts = tilts.masked_fill(~candidates.contested.unsqueeze(-1), 0)
-        guided, kl = guide(scores, candidates, tilts, model.guidance.outside)
+        tilted = Tilted.of(candidates, tilts, model.guidance.outside)
+        guided = guided_scores(scores, candidates, tilted, model.guidance.outside)
         # On the reference's own scale, not normalised: what vLLM does next may depend on it (repetition penalties).
         logits[which] = (guided + candidates.total.unsqueeze(-1)) * temperature
-        step = Step(candidates.ids, candidates.logprobs, kl)
+        kept = values if any(one.explain for one in asked) else None
+        step = Step(candidates.ids, candidates.logprobs, tilted.logprobs, candidates.valid, tilted.kl, kept)
         for row, (one, position) in enumerate(zip(asked, positions, strict=True)):
             if (
                 one.record is not None

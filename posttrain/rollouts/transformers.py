@@ -47,6 +47,8 @@ class TransformersEngine:
     others. guide: what requests with a `beta` are guided by; others stand beside them as they are.
     """
 
+    alive = True
+
     def __init__(
         self,
         model: Any,
@@ -103,8 +105,12 @@ class TransformersEngine:
                 f"prompt: request {request.id} has token ids outside the model's vocabulary of {self.vocab}"
             )
 
+    def batch(self, stream: bool = False) -> "Batch":
+        """Its rows grow token by token, whether that is asked or not."""
+        return Batch(self)
+
     def _run(self, waiting: deque[Request]) -> Iterator[Completion]:
-        batch = Batch(self)
+        batch = self.batch()
         try:
             while waiting or batch.rows:
                 # Only while it is this run's turn: between two completions the caller may train, or go on with another run.

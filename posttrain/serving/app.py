@@ -38,6 +38,7 @@ from posttrain.serving.metrics import Metrics
 from posttrain.serving.page import add_page
 from posttrain.serving.plan import Plan, chat_prompt, plan, text_prompts
 from posttrain.serving.schema import ChatRequest, CompletionRequest, GuidanceField, RerankField, Sampled
+from posttrain.serving.scores import scores
 from posttrain.serving.text import TextStream
 from posttrain.serving.worker import Token, Worker
 
@@ -113,11 +114,9 @@ class Service:
             return completions, usage, {}
         generator = torch.Generator().manual_seed(planned.seed)
         [prompt], ids = planned.prompts, [completion.ids for completion in completions]
-        scores = await asyncio.wrap_future(
-            self.worker.call(lambda: self.catalogue.scores(rerank.by, rerank.name, prompt, ids))
-        )
-        chosen = int(select(scores[None], rerank.beta, generator))
-        told = {rerank.by: rerank.name, "beta": rerank.beta, "scores": scores.tolist(), "chosen": chosen}
+        found = await scores(self.catalogue, self.worker, rerank, prompt, ids, self._ids)
+        chosen = int(select(found[None], rerank.beta, generator))
+        told = {rerank.by: rerank.name, "beta": rerank.beta, "scores": found.tolist(), "chosen": chosen}
         return [completions[chosen]], usage, {"rerank": told}
 
     async def _stream(

@@ -4,19 +4,17 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
-
-from torch import Tensor
 
 from posttrain.decoding.guidance import Guidance
 from posttrain.decoding.guide import ValueGuide, load_guide
 from posttrain.decoding.guides import Guides
 from posttrain.decoding.rerank import Reranker
-from posttrain.decoding.reward_model import value_scores
+from posttrain.decoding.vllm import VLLMGuide
 from posttrain.errors import UserError, nearest
 from posttrain.models.load import Policy
 from posttrain.models.probe import Probe
 from posttrain.rollouts.transformers import TransformersEngine
+from posttrain.rollouts.vllm import VLLMEngine
 from posttrain.serving.errors import ApiError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -39,23 +37,28 @@ class Limits:
 
 @dataclass
 class Catalogue:
-    """Names as clients use them. `name` is the model's, of a local one the last part of its path."""
+    """Names as clients use them. `name` is the model's, of a local one the last part of its path.
+
+    vllm: what samples, with its guide; None: the policy's model, by the transformers engine, with all of the guides.
+    """
 
     policy: Policy
-    guides: Mapping[str, ValueGuide] = field(default_factory=dict)
+    guides: Mapping[str, ValueGuide | VLLMGuide] = field(default_factory=dict)
     rerankers: Mapping[str, Reranker] = field(default_factory=dict)
     slots: int = 64
     limits: Limits = field(default_factory=Limits)
+    vllm: VLLMEngine | None = None
 
     def __post_init__(self) -> None:
         path = Path(self.policy.name).expanduser()
         self.name = path.name if path.exists() else self.policy.name
-        self.engine = TransformersEngine(
+        guides = {name: guide for name, guide in self.guides.items() if isinstance(guide, ValueGuide)}
+        self.engine = self.vllm or TransformersEngine(
             self.policy.model,
             self.policy.tokenizer,
             fingerprint=self.policy.fingerprint,
             slots=self.slots,
-            guide=Guides(self.guides) if self.guides else None,
+            guide=Guides(guides) if guides else None,
         )
 
     @classmethod
@@ -79,15 +82,6 @@ class Catalogue:
             slots,
             limits or Limits(),
         )
-
-    def scores(
-        self, by: Literal["probe", "guide"], name: str, prompt: Sequence[int], completions: Sequence[Sequence[int]]
-    ) -> Tensor:
-        """Of one prompt's completions, [completions]: a probe's, or the returns that a guide's value model expects."""
-        if by == "probe":
-            return self.rerankers[name].score(prompt, completions)
-        rows = [(prompt, completion) for completion in completions]
-        return value_scores(self.guides[name].value, rows, self.policy.model)
 
     def check_model(self, name: str | None) -> None:
         if name not in (None, self.name):

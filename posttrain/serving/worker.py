@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from posttrain.rollouts.engine import Completion, Request, TopLogprobs
-from posttrain.rollouts.transformers import Batch, TransformersEngine
+from posttrain.rollouts.transformers import TransformersEngine
+from posttrain.rollouts.vllm import VLLMEngine
 
 T = TypeVar("T")
 
@@ -31,20 +32,21 @@ Event = Token | Completion | Exception
 Listener = Callable[[Event], None]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Job:
-    """A request, who hears of it, and whether of every token or of the completion only."""
+    """A request, who hears of it, and whether of every token or of the completion only. told: tokens that were heard of."""
 
     request: Request
     listener: Listener
     stream: bool
+    told: int = 0
 
 
 class Worker:
     """Runs from `start` to `stop`. A listener is called on the event loop: with the tokens of a streaming job, and then once
     with its completion, or with the exception that ended it; after `cancel`, perhaps with what was under way already."""
 
-    def __init__(self, engine: TransformersEngine) -> None:
+    def __init__(self, engine: TransformersEngine | VLLMEngine) -> None:
         self.engine = engine
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._line: dict[int, Job] = {}
@@ -64,7 +66,7 @@ class Worker:
 
     @property
     def alive(self) -> bool:
-        return self._thread.is_alive()
+        return self._thread.is_alive() and self.engine.alive
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -100,14 +102,14 @@ class Worker:
         self._stopped = True
 
     def _run(self) -> None:
-        self._batch = Batch(self.engine)
+        self._batch = self.engine.batch(stream=True)
         while not self._stopped:
             try:
                 self._read_inbox()
                 self._advance()
             except Exception as error:  # a broken step has left every row in an unknown state
                 self._batch.close()
-                self._batch = Batch(self.engine)
+                self._batch = self.engine.batch(stream=True)
                 lost, self._jobs = self._jobs, {}
                 self._say((job.listener, error) for job in lost.values())
         self._batch.close()
@@ -144,8 +146,10 @@ class Worker:
         for row in self._batch.rows:
             job = self._jobs[row.request.id]
             if job.stream:
-                token = Token(row.ids[-1], row.logprobs[-1], row.tops[-1] if row.tops else ())
-                said.append((job.listener, token))
+                new = range(job.told, len(row.ids))
+                tokens = (Token(row.ids[i], row.logprobs[i], row.tops[i] if row.tops else ()) for i in new)
+                said += [(job.listener, token) for token in tokens]
+                job.told = len(row.ids)
         self._say(said)
 
     def _say(self, said: Iterable[tuple[Listener, Event]]) -> None:

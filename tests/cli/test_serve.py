@@ -5,9 +5,13 @@ import subprocess
 import sys
 import urllib.request
 
+import httpx
 import pytest
 
 from posttrain.cli.main import main
+from posttrain.models.load import load_model
+from posttrain.models.value import new_value_model
+from tests.serving.conftest import KEY, started
 
 
 @pytest.mark.parametrize(
@@ -23,6 +27,11 @@ from posttrain.cli.main import main
         (["--guide", "a=x", "--guide", "a=y"], "guide: a names two folders"),
         (["--port", "0", "--guide", "nowhere"], "guide: nowhere has no config.json"),
         (["--port", "0", "--probe", "nowhere"], "probe: nowhere has no config.json"),
+        (["--", "--tensor-parallel-size", "2"], "--tensor-parallel-size: is vLLM's; add --engine vllm"),
+        (["--engine", "vllm", "--device", "cpu"], "--device: not with --engine vllm"),
+        (["--engine", "vllm", "--guide", "a=x", "--guide", "b=y"], "guide: one with --engine vllm, where it and the"),
+        (["--engine", "vllm", "--port", "0", "--guide", "nowhere"], "guide: nowhere has no config.json"),
+        (["--engine", "vllm", "--port", "0", "--probe", "nowhere"], "probe: nowhere has no config.json"),
     ],
 )
 def test_a_mistake_is_one_line(options, message, capsys, monkeypatch):
@@ -30,6 +39,38 @@ def test_a_mistake_is_one_line(options, message, capsys, monkeypatch):
     assert main(["serve", "--model", "tiny", *options]) == 2
     shown = capsys.readouterr().err
     assert message in shown and shown.count("\n") == 1
+
+
+def test_a_v_head_is_not_for_vllm(tmp_path, capsys):
+    new_value_model(load_model("tiny", "cpu"), "v").save_pretrained(tmp_path / "v")
+    assert main(["serve", "--model", "tiny", "--engine", "vllm", "--port", "0", "--guide", str(tmp_path / "v")]) == 2
+    assert "train with --head q or --head shared, or use --engine transformers" in capsys.readouterr().err
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_server_on_vllm_finishes_what_has_begun_and_ends_well_on_sigterm(tmp_path, monkeypatch):
+    """With vLLM in processes of its own, as users have it."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    new_value_model(load_model("tiny", "cpu"), "q", layers=1, zero_init=False).save_pretrained(tmp_path / "q")
+    body = {"prompt": "1", "temperature": 2.0, "seed": 1, "n": 2, "max_tokens": 300, "stream": True}
+    body["guidance"] = {"beta": 0.1}
+    headers = {"Authorization": f"Bearer {KEY}"}
+    with (
+        started("--engine", "vllm", "--guide", str(tmp_path / "q"), "--", "--max-model-len", "320") as running,
+        httpx.Client(headers=headers, timeout=300) as client,
+    ):
+        assert client.get(f"{running.url}/v1/models").json()["data"][0]["context"] == 320
+        with client.stream("POST", f"{running.url}/v1/completions", json=body) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            running.process.send_signal(signal.SIGTERM)
+            said = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+        ended = [choice for one in said for choice in one["choices"] if choice["finish_reason"]]
+        assert sorted(choice["index"] for choice in ended) == [0, 1]
+        assert all(choice["guidance"]["kl"] > 0 for choice in ended)
+        assert running.process.wait(60) == 0
 
 
 @pytest.mark.slow

@@ -1,6 +1,12 @@
-"""A real server in this process: the embedded model, two guides and two probes that know nothing, on a free port."""
+"""A real server in this process: the embedded model, two guides and two probes that know nothing, on a free port. And one of
+vLLM's engine, in processes of its own, with one of the guides."""
 
+import os
+import signal
 import socket
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +28,10 @@ from posttrain.serving.catalogue import Catalogue, Limits
 
 KEY = "a key"
 LIMITS = Limits(requests=8, completions=16, body=100_000)
+REAL_VLLM = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1800)]
+both_engines = pytest.mark.parametrize(
+    "server", ["transformers", pytest.param("vllm", marks=REAL_VLLM)], indirect=True, scope="module"
+)
 
 
 @pytest.fixture(scope="session")
@@ -78,9 +88,46 @@ def serving(catalogue: Catalogue, key: str | None = KEY) -> Iterator[SimpleNames
         assert not thread.is_alive()
 
 
+@contextmanager
+def started(*options: str, model: str = "tiny") -> Iterator[SimpleNamespace]:
+    """`posttrain serve` in a process of its own, vLLM within it (unless the environment says otherwise: two more would take
+    longer to start): its url and the process."""
+    command = [sys.executable, "-m", "posttrain", "serve", "--model", model, "--port", "0", *options]
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **os.environ, "POSTTRAIN_API_KEY": KEY}
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            line = ""
+            while not line.startswith("ready: "):
+                line = process.stdout.readline()
+                assert line, (log.seek(0), log.read()[-4000:])[1]
+            yield SimpleNamespace(url=line.removeprefix("ready: ").strip(), process=process)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="session")
+def vllm_server(folders: SimpleNamespace) -> Iterator[SimpleNamespace]:
+    """The same limits; starting it takes most of the time."""
+    limits = ("--max-requests", "8", "--max-completions", "16", "--max-body", "100000", "--slots", "8")
+    probes = (f"--probe={name}={folders.root / name}" for name in folders.probes)
+    with started("--engine", "vllm", f"--guide=q={folders.root / 'q'}", *probes, *limits) as running:
+        running.engine, running.guides = "vllm", ("q",)
+        yield running
+
+
 @pytest.fixture(scope="module")
-def server(catalogue: Catalogue) -> Iterator[SimpleNamespace]:
-    with serving(catalogue) as running:
+def server(request: pytest.FixtureRequest, folders: SimpleNamespace) -> Iterator[SimpleNamespace]:
+    if getattr(request, "param", "transformers") == "vllm":
+        yield request.getfixturevalue("vllm_server")
+        return
+    with serving(request.getfixturevalue("catalogue")) as running:
+        running.engine, running.guides = "transformers", folders.guides
         yield running
 
 

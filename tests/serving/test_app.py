@@ -10,7 +10,7 @@ import pytest
 from posttrain.errors import UserError
 from posttrain.rollouts.transformers import Batch
 from posttrain.serving.catalogue import Catalogue, Limits
-from tests.serving.conftest import KEY, LIMITS, serving, wait_until
+from tests.serving.conftest import KEY, LIMITS, both_engines, serving, wait_until
 
 ASKED = {"model": "tiny", "messages": [{"role": "user", "content": "23+48-17=?"}], "seed": 0}
 LONG = {"model": "tiny", "prompt": "1", "n": 8, "max_tokens": 60, "temperature": 3.0, "seed": 1}
@@ -29,6 +29,7 @@ def is_error_object(answer):
     return set(error) == {"message", "type", "param", "code"} and error["message"] and "Traceback" not in answer.text
 
 
+@both_engines
 @pytest.mark.parametrize(
     "body",
     [
@@ -50,6 +51,7 @@ def test_what_is_no_request_is_refused(http, body):
     assert answer.status_code == 400 and is_error_object(answer)
 
 
+@both_engines
 @pytest.mark.parametrize(
     "field",
     [
@@ -97,6 +99,7 @@ def test_a_field_that_is_wrong_is_named(http, field):
     assert answer.json()["error"]["param"].split(".")[0] in {*field, "max_tokens"}
 
 
+@both_engines
 @pytest.mark.parametrize(
     "prompt",
     ["", [], [[]], [-1], [101], [2**40], ["a", 1], [True], None, {"a": 1}, "1" * 600, ["1"] * 17, [[1], []]],
@@ -109,6 +112,7 @@ def test_a_prompt_that_is_wrong_is_refused(http, prompt):
     )
 
 
+@both_engines
 def test_openai_s_fields_that_ask_for_nothing_are_accepted(http):
     nothing = {
         "user": "me",
@@ -124,6 +128,7 @@ def test_openai_s_fields_that_ask_for_nothing_are_accepted(http):
     assert answer.json()["choices"] == whole.json()["choices"]
 
 
+@both_engines
 @pytest.mark.parametrize(
     ("method", "path", "status"), [("GET", "/nothing", 404), ("GET", CHAT, 405), ("GET", "/v1/models/x", 404)]
 )
@@ -132,6 +137,7 @@ def test_a_wrong_place_is_an_error_object_too(http, method, path, status):
     assert answer.status_code == status and is_error_object(answer)
 
 
+@both_engines
 @pytest.mark.parametrize("size", [LIMITS.body + 1, 10_000_000])
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_body_that_is_too_large_is_refused_and_the_server_stays_up(http, size, chunked):
@@ -141,6 +147,7 @@ def test_a_body_that_is_too_large_is_refused_and_the_server_stays_up(http, size,
     assert http.get("/health").status_code == 200
 
 
+@both_engines
 @pytest.mark.parametrize("header", [{}, {"Authorization": "Bearer x"}, {"Authorization": f"Basic {KEY}"}])
 @pytest.mark.parametrize("path", [CHAT, "/v1/models", "/metrics", "/openapi.json"])
 def test_everything_but_health_needs_the_key(server, header, path):
@@ -149,6 +156,7 @@ def test_everything_but_health_needs_the_key(server, header, path):
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
 
 
+@both_engines
 def test_metrics_count(http):
     def values():
         lines = http.get("/metrics").text.splitlines()

@@ -3,6 +3,9 @@
 import openai
 import pytest
 
+from tests.serving.conftest import both_engines
+
+pytestmark = both_engines
 ASKED = {"model": "tiny", "messages": [{"role": "user", "content": "23+48-17=?"}]}
 PLAIN = {"model": "tiny", "prompt": "<|user|>23+48-17=?<|assistant|>"}
 
@@ -53,7 +56,7 @@ def test_a_streamed_completion_comes_in_pieces(client):
 def test_the_same_seed_says_the_same_and_every_sample_something_else(client):
     first, again = (client.chat.completions.create(**ASKED, seed=3, n=6, temperature=1.5) for _ in range(2))
     texts = [choice.message.content for choice in first.choices]
-    assert [choice.message.content for choice in again.choices] == texts and len(set(texts)) > 3
+    assert [choice.message.content for choice in again.choices] == texts and len(set(texts)) > 2
     alone = client.chat.completions.create(**ASKED, seed=3, temperature=1.5)
     assert alone.choices[0].message.content == texts[0]
     unseeded = {client.chat.completions.create(**ASKED, temperature=1.5).choices[0].message.content for _ in range(4)}
@@ -125,9 +128,9 @@ def test_token_ids_are_a_prompt(client, catalogue):
     assert len(texts) == 1
 
 
-def test_the_models_are_listed_with_their_guides_and_probes(client):
+def test_the_models_are_listed_with_their_guides_and_probes(client, server):
     [model] = client.models.list()
-    assert model.id == "tiny" and model.guides == ["q", "own"] and model.probes == ["mean", "late"]
+    assert model.id == "tiny" and model.guides == [*server.guides] and model.probes == ["mean", "late"]
     assert client.models.retrieve("tiny").id == "tiny"
 
 
