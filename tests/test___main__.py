@@ -1,4 +1,4 @@
-"""Ctrl-C, at moments at which it is hard to get right."""
+"""Ctrl-C, at moments at which it is hard to get right, and SIGTERM."""
 
 import signal
 import subprocess
@@ -45,6 +45,11 @@ def test_an_interruption_of_an_import_is_not_lost_in_it(tmp_path: Path, reaction
 def test_an_interrupted_command_says_so_in_one_line(tmp_path: Path, work: str) -> None:
     done = interrupted(tmp_path, work)
     assert (done.returncode, done.stderr) == (130, "posttrain: interrupted; what is finished is kept\n")
+
+
+def test_a_terminated_command_says_so_in_one_line(tmp_path: Path) -> None:
+    done = interrupted(tmp_path, "import signal; raise_signal(signal.SIGTERM)")
+    assert (done.returncode, done.stderr) == (143, "posttrain: terminated; what is finished is kept\n")
 
 
 def test_a_second_interruption_ends_what_the_first_one_waits_for(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from posttrain import __version__
-from posttrain.errors import UserError, nearest
-from posttrain.pipelines.ranks import let_the_first_speak, rank
+from posttrain.errors import Terminated, UserError, nearest
+from posttrain.pipelines.ranks import is_lost_peer, let_the_first_speak, rank
 from posttrain.record import recording
 
 LEAD = "Value-based post-training of language models: sample, grade, learn, guide, measure."
@@ -47,7 +47,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 1 a check that finds a fault, 2 the user's mistake, 130 interrupted.
+    """Exit code: 0 done, 1 a check that finds a fault, 2 the user's mistake, 130 interrupted, 143 terminated.
 
     A mistake is one line on stderr, of several processes together.
     """
@@ -64,13 +64,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         let_the_first_speak()
         print(f"posttrain: error: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        terminated = isinstance(error, Terminated)
         if rank() == 0:
-            print("posttrain: interrupted; what is finished is kept", file=sys.stderr)
-        return 130
-    except Exception:  # a bug, or what follows from another process's error
+            print(
+                f"posttrain: {'terminated' if terminated else 'interrupted'}; what is finished is kept", file=sys.stderr
+            )
+        return 143 if terminated else 130
+    except Exception as error:  # a bug, or what follows from another process's error
         let_the_first_speak()
-        raise
+        if not is_lost_peer(error):
+            raise
+        print("posttrain: error: launch: another process has ended; the last checkpoint is kept", file=sys.stderr)
+        return 2
 
 
 def command_of(name: str) -> tuple[ModuleType, argparse.ArgumentParser]:

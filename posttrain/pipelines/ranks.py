@@ -93,6 +93,20 @@ def release(trainer: Any) -> None:
     unset_hf_deepspeed_config()
 
 
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective call has failed because another process is gone, in the words of gloo, NCCL or the store."""
+    words = (
+        "connection closed by peer",
+        "connection reset by peer",
+        "broken pipe",
+        "remote process exited",
+        "ncclremoteerror",
+    )
+    return (
+        "RANK" in os.environ and isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+    )
+
+
 def let_the_first_speak() -> None:
     """Of a command that fails in all its processes, one says why. Returns in the first at once, elsewhere only where the error
     is this process's own: as a rule the launcher ends it before, and it leaves with code 2."""

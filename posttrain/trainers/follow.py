@@ -1,14 +1,19 @@
-"""What a transformers Trainer logs, in the record of the run and wherever else it reports to; its progress on a terminal."""
+"""What a transformers Trainer logs, in the record of the run and wherever else it reports to; its progress on a terminal; what
+SIGTERM does to it."""
 
+import signal
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
 
 from posttrain import record
+from posttrain.errors import Terminated
 from posttrain.progress import Bar, bar
 
 TIMES = frozenset({"total_flos"})  # of the machine, not of the training
@@ -23,6 +28,7 @@ def follow(trainer: Any, folder: Path, shown: Mapping[str, str] = LOSS) -> None:
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_Progress(folder.name, shown))
+    trainer.add_callback(_Stop())
     run = record.current()
     if run is None:
         return
@@ -31,6 +37,37 @@ def follow(trainer: Any, folder: Path, shown: Mapping[str, str] = LOSS) -> None:
     trainer.add_callback(_Record(run, folder, events, reports))
     for report in reports:
         trainer.add_callback(report)
+
+
+class _Stop(TrainerCallback):
+    """At SIGTERM, which clusters send before they kill: a checkpoint after the step under way, and then `Terminated`, in all
+    processes after the same step; a second SIGTERM ends the process at once. (transformers' own, enable_jit_checkpoint, saves
+    in the middle of a step, each process when it likes, and ends as if the training were finished.)"""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.before: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.asked = False
+        self.before = signal.signal(signal.SIGTERM, self._ask)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if args.world_size > 1:
+            asked = torch.tensor(int(self.asked), device=args.device)
+            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+            self.asked = bool(asked)
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        signal.signal(signal.SIGTERM, self.before)
+        if self.asked:
+            raise Terminated
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        signal.signal(signal.SIGTERM, self.before)
 
 
 class _Record(TrainerCallback):

@@ -1,9 +1,12 @@
 """A training of a handful of steps: what it logs, in the record of the run."""
 
+import signal
+
 import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from posttrain.errors import Terminated
 from posttrain.record import EVENTS, begin, read_metrics, recording
 from posttrain.trainers.follow import follow
 
@@ -68,3 +71,33 @@ def test_without_a_run_it_trains_and_says_nothing(tmp_path, capsys):
     follow(trainer, tmp_path / "policy")
     trainer.train()
     assert not any("loss" in said for said in capsys.readouterr()) and trainer.state.global_step == 8
+
+
+class Terminate(TrainerCallback):
+    """SIGTERM in the middle of step 5."""
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == 4:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_sigterm_leaves_a_checkpoint_of_the_step_under_way_from_which_the_training_goes_on(tmp_path):
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        whole = training(tmp_path / "whole")
+        follow(whole, tmp_path / "whole" / "policy")
+        whole.train()
+        with pytest.raises(Terminated):
+            trainer = training(tmp_path / "parts")
+            follow(trainer, tmp_path / "parts" / "policy")
+            trainer.add_callback(Terminate())
+            trainer.train()
+        assert trainer.state.global_step == 5 and (tmp_path / "parts" / "scratch" / "checkpoint-5").is_dir()
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+        trainer = training(tmp_path / "parts")
+        follow(trainer, tmp_path / "parts" / "policy")
+        trainer.train(resume_from_checkpoint=True)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert trainer.state.global_step == 8
+    assert trainer.model.slope.equal(whole.model.slope)
