@@ -5,11 +5,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from posttrain.evaluation.arms import Arm
+from posttrain.evaluation.arms_file import Measured, fingerprints, write_arms
 from posttrain.evaluation.compare import TOKEN_DEFINITIONS, compare
 from posttrain.evaluation.metrics import DEFINITIONS, macro_mean
 from posttrain.evaluation.plots import budget_curves, length_histogram, metric_curves
 from posttrain.evaluation.report import Figure, trusted, write_page
-from posttrain.evaluation.results import SCORER, Result, load_results, summarise
+from posttrain.evaluation.results import SCORER, Result, flat, load_results, summarise
 from posttrain.provenance import write_json, write_text
 
 BROWSED = 3_000_000  # characters of completions per benchmark in the page
@@ -40,10 +44,21 @@ def write_reports(out: Path, baseline: Path | None = None, say: Callable[[str], 
         report["comparison"] = compare((run, results), load_results(baseline, say))
         report["definitions"].update({name: DEFINITIONS[name] for name in ("difference", "p-value", "detectable")})
         report["definitions"].update(TOKEN_DEFINITIONS)
+    write_arms(out, [_measured(report, result) for result in results])
     write_json(out / "report.json", report)
     write_text(out / "report.md", markdown(report))
     write_html(out / "report.html", report, results)
     return report
+
+
+def _measured(report: dict[str, Any], result: Result) -> Measured:
+    """What pages over several runs read. Its arm knows no seconds, as the report knows no time."""
+    tokens = float(np.mean(flat(result.tokens)))
+    measures = {"kl": float(np.mean(flat(result.kl)))} if result.kl else {}
+    title = title_of(report).removeprefix("Evaluation of ")
+    arm = Arm("guided" if measures else "base", title, result.accuracy, tokens, 0.0, (), measures)
+    problems = fingerprints([(row["problem"], row["answer"]) for row in result.rows])
+    return Measured(result.benchmark.name, problems, (arm,))
 
 
 def build_report(run: dict[str, Any], results: Sequence[Result]) -> dict[str, Any]:
@@ -102,14 +117,14 @@ def definitions(summaries: dict[str, dict[str, Any]]) -> dict[str, str]:
 def markdown(report: dict[str, Any]) -> str:
     """The report for a README or a pull request."""
     lines = [f"# {title_of(report)}", "", f"Fingerprint `{report['fingerprint'][:16]}`.", ""]
-    lines += _table(OVERVIEW, overview(report))
+    lines += table_lines(OVERVIEW, overview(report))
     if "macro mean" in report:
         lines += ["", macro_line(report)]
     if "comparison" in report:
         lines += ["", f"## Against {report['comparison']['baseline']}", ""]
-        lines += _table(COMPARED, compared(report["comparison"]))
+        lines += table_lines(COMPARED, compared(report["comparison"]))
         lines += ["", "Accuracy within b tokens:", ""]
-        lines += _table(BUDGETS, budget_rows(report["comparison"]))
+        lines += table_lines(BUDGETS, budget_rows(report["comparison"]))
         lines += ["", "Settings that differ:", ""]
         lines += [
             f"- {name}: {_short(here)} / {_short(there)}"
@@ -118,10 +133,10 @@ def markdown(report: dict[str, Any]) -> str:
     for name, summary in report["benchmarks"].items():
         lines += ["", f"## {name}", "", f"{summary['title']}.", ""]
         lines += [f"**{warning}.**" for warning in summary["warnings"]] + [""] * bool(summary["warnings"])
-        lines += _table(("metric", "score", "95 % interval"), metric_rows(summary))
+        lines += table_lines(("metric", "score", "95 % interval"), metric_rows(summary))
         lines += ["", *(f"- {fact}: {value}" for fact, value in facts(summary))]
         for field, groups in summary["breakdown"].items():
-            lines += ["", *_table((field, "problems", "pass@1", "95 % interval"), breakdown_rows(groups))]
+            lines += ["", *table_lines((field, "problems", "pass@1", "95 % interval"), breakdown_rows(groups))]
     lines += ["", "## What the numbers mean", ""]
     lines += [f"- **{name}**: {meaning}" for name, meaning in report["definitions"].items()]
     manifest = json.dumps(report["manifest"], indent=1, ensure_ascii=False)
@@ -274,7 +289,8 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table_lines(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table in Markdown."""
     lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
 

@@ -1,7 +1,7 @@
 """The figures of a report, as SVG text that stands in a page of any background."""
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import cycle
 from typing import Any, Protocol
@@ -136,11 +136,45 @@ def frontier(laws: Mapping[str, Sequence[_Point]], base: float, base_interval: t
     return svg[0]
 
 
+def kl_plane(arms: Sequence[Arm], sweeps: Mapping[str, Sequence[_Point]]) -> str:
+    """Accuracy with its interval against KL: a point for every arm, at 0 where it names none, and a line for every sweep over
+    betas."""
+    styles = cycle([(filled, line) for filled in (True, False) for line in LINES])
+    with _figure("kl", height=5.4) as (axes, svg):
+        for arm, (filled, line) in zip(arms, styles, strict=False):
+            face = line["color"] if filled else "none"
+            style = {**line, "linestyle": "none", "markerfacecolor": face}
+            kl = arm.measures.get("kl", 0.0)
+            axes.plot(kl, arm.accuracy, label=arm.title, **style)
+            axes.vlines(kl, *arm.interval, color=line["color"], alpha=0.5)
+        for (title, points), (_, line) in zip(sweeps.items(), styles, strict=False):
+            kls, (low, high) = [point.kl for point in points], zip(*(point.interval for point in points), strict=True)
+            axes.plot(kls, [point.accuracy for point in points], label=f"{title}, over beta", **line)
+            axes.vlines(kls, low, high, color=line["color"], alpha=0.5)
+        axes.set_xlabel("KL to the reference, nats per completion")
+        axes.set_ylabel("accuracy of one sample")
+        axes.set_ylim(top=1.02)
+        axes.figure.legend(frameon=False, labelcolor=INK, fontsize=9, loc="outside lower center", ncols=_columns(arms))
+    return svg[0]
+
+
+def _columns(arms: Iterable[Arm]) -> int:
+    """Of a legend below a figure: one where titles are long."""
+    return 1 if max((len(arm.title) for arm in arms), default=0) > 36 else 2
+
+
 def step_curves(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], label: str) -> str:
     """A quantity against the training step: title -> (steps, values)."""
     with _figure(label) as (axes, svg):
         for (title, (steps, values)), line in zip(curves.items(), cycle(LINES), strict=False):
-            axes.plot(steps, values, label=title, color=line["color"], linestyle=line["linestyle"])
+            axes.plot(
+                steps,
+                values,
+                label=title,
+                color=line["color"],
+                linestyle=line["linestyle"],
+                marker="o" if len(values) == 1 else "",  # which no line shows
+            )
         axes.set_xlabel("step")
         axes.set_ylabel(label)
         axes.legend(frameon=False, labelcolor=INK)
@@ -162,7 +196,9 @@ def token_plane(arms: Mapping[str, Arm]) -> str:
         axes.set_xlabel("completion tokens per answer")
         axes.set_ylabel("accuracy")
         axes.set_ylim(top=1.02)
-        axes.figure.legend(frameon=False, labelcolor=INK, fontsize=9, loc="outside lower center", ncols=2)
+        axes.figure.legend(
+            frameon=False, labelcolor=INK, fontsize=9, loc="outside lower center", ncols=_columns(arms.values())
+        )
     return svg[0]
 
 

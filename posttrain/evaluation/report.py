@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.evaluation.arms import Arm
+from posttrain.evaluation.arms_file import measured, write_arms
 from posttrain.evaluation.metrics import DEFINITIONS
 from posttrain.provenance import plain, write_text
 from posttrain.rollouts.table import RolloutTable
 
 MEASURES = {"majority": "majority of its samples", "kl": "KL, nats", "tokens_per_second": "tokens/s"}
 SHOWN = 24  # problems whose completions stand in the page
+SAMPLES = "samples.jsonl"  # those, a line for each problem
+TokenValues = Sequence[
+    Sequence[Sequence[tuple[str, float]]]
+]  # [problems][samples][tokens]: its text, the value after it
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,16 @@ def write_report(
     scores: Sequence[Sequence[float]] | None,
     definitions: Sequence[str],
     manifest: Mapping[str, Any],
+    values: TokenValues | None = None,
 ) -> None:
-    """scores: of the table's completions [prompts][samples], the best is marked as chosen; definitions: names in DEFINITIONS."""
+    """The page, and beside it what pages over several runs read: the arms, measured on the table's problems, and the samples.
+
+    scores: of the table's completions [prompts][samples], the best is marked as chosen; definitions: names in DEFINITIONS;
+    values: of the tokens of the first problems' completions.
+    """
+    problems = _problems(table, scores, values)
+    write_arms(path.parent, [measured(arms, table)])
+    write_text(path.parent / SAMPLES, "".join(json.dumps(plain(each), ensure_ascii=False) + "\n" for each in problems))
     write_page(
         path,
         "report.html",
@@ -46,7 +59,8 @@ def write_report(
             name: title for name, title in MEASURES.items() if any(name in arm.measures for arm in arms.values())
         },
         figures=trusted(figures),
-        problems=_problems(table, scores),
+        problems=problems,
+        range=value_range(problems),
         definitions={name: DEFINITIONS[name] for name in definitions},
         manifest=manifest,
     )
@@ -69,7 +83,15 @@ def trusted(figures: Sequence[Figure]) -> list[dict[str, Any]]:
     return [{"svg": Markup(figure.svg), "caption": figure.caption} for figure in figures]
 
 
-def _problems(table: RolloutTable, scores: Sequence[Sequence[float]] | None) -> list[dict[str, Any]]:
+def value_range(problems: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """The lowest and the highest value of any token shown, between which its colour lies; of returns within [0, 1], these."""
+    values = [value for each in problems for sample in each["samples"] for _, value in sample["values"] or ()]
+    return min([0.0, *values]), max([1.0, *values])
+
+
+def _problems(
+    table: RolloutTable, scores: Sequence[Sequence[float]] | None, values: TokenValues | None
+) -> list[dict[str, Any]]:
     groups: dict[int, list[dict[str, Any]]] = {}
     for row in table.rows():
         if row["group"] not in groups and len(groups) == SHOWN:
@@ -93,6 +115,7 @@ def _problems(table: RolloutTable, scores: Sequence[Sequence[float]] | None) -> 
                         "tokens": len(row["completion_ids"]),
                         "score": ranked[i] if ranked is not None else None,
                         "chosen": i == best,
+                        "values": values[index][i] if values is not None and index < len(values) else None,
                     }
                     for i, row in enumerate(rows)
                 ],

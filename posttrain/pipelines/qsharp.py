@@ -14,8 +14,9 @@ What is finished is not made again; a stage can be run alone. Of several process
 evaluates, and all train.
 """
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -24,13 +25,13 @@ from typing import Any, Literal, get_args
 from posttrain.config import within
 from posttrain.decoding.guidance import Guidance
 from posttrain.decoding.guide import ValueGuide, load_guide
-from posttrain.decoding.reward_model import value_scores
+from posttrain.decoding.reward_model import token_values, value_scores
 from posttrain.decoding.vllm import VLLMGuide, load_vllm_guide
 from posttrain.errors import UserError
 from posttrain.evaluation.arms import Arm, policy_arm, reranked_arm, sampled_arms, weighted_vote_arm
 from posttrain.evaluation.intervals import mean_interval
 from posttrain.evaluation.plots import frontier, length_histogram
-from posttrain.evaluation.report import Figure, write_report
+from posttrain.evaluation.report import SHOWN, Figure, TokenValues, write_report
 from posttrain.models.load import Policy, load_model
 from posttrain.models.value import base_fingerprint
 from posttrain.pipelines.engines import EngineName, Sampler
@@ -135,6 +136,7 @@ class QSharpRun:
     rounds: list[dict[str, Any]]
     test: RolloutTable
     guided: RolloutTable
+    values: TokenValues  # of the guided completions of the first problems, by the last round's value model
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -332,7 +334,7 @@ class Work:
             sampled + learned,
             self.guide(config.rounds).value.least,
         )
-        return QSharpRun(config, self.policy, arms, points, trainings, test, guided)
+        return QSharpRun(config, self.policy, arms, points, trainings, test, guided, self.values(guided))
 
     def scores(self, table: RolloutTable) -> list[list[float]]:
         """E[R] of a table's completions [prompts, samples] by the last round's value model."""
@@ -340,6 +342,16 @@ class Work:
         value = self.guide(self.config.rounds).value
         found = value_scores(value, rows, self.policy.model)
         return found.view(len(table.rectangle("reward")), -1).tolist()
+
+    def values(self, table: RolloutTable) -> TokenValues:
+        """What the last round's value model expects after every token of a table's first completions."""
+        prompts, completions = (table.by_prompt(name)[:SHOWN] for name in ("prompt_ids", "completion_ids"))
+        rows = [row for group in zip(prompts, completions, strict=True) for row in zip(*group, strict=True)]
+        found = iter(token_values(self.guide(self.config.rounds).value, rows, self.policy.model))
+        return [
+            [list(zip(pieces(self.policy.tokenizer, ids), next(found), strict=True)) for ids in group]
+            for group in completions
+        ]
 
     def matched_beta(self, number: int) -> float:
         """The beta at which CD, with the same value model, moves as far from pi_ref as Q# does, on training prompts."""
@@ -388,6 +400,7 @@ def publish(result: QSharpRun, title: str, lead: str) -> None:
         scores=None,
         definitions=DEFINED,
         manifest=result.manifest,
+        values=result.values,
     )
 
 
@@ -403,6 +416,12 @@ def figures(result: QSharpRun) -> list[Figure]:
         ),
         Figure(length_histogram(lengths_by_verdict(result.guided)), "Lengths of guided completions by verdict."),
     ]
+
+
+def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The text of every token, where it stands."""
+    texts = [tokenizer.decode(ids[:end], skip_special_tokens=False) for end in range(len(ids) + 1)]
+    return [after[len(before) :] for before, after in itertools.pairwise(texts)]
 
 
 def _point(law: str, beta: float, table: RolloutTable) -> Point:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from posttrain.decoding.reward_model import value_scores
+from posttrain.decoding.reward_model import token_values, value_scores
 from tests.decoding.test_guide import ATOMS, value_model
 from tests.small_models import build_model
 
@@ -27,6 +27,14 @@ def test_a_score_is_the_mean_of_the_return_after_the_last_token(head, atoms):
         probabilities = torch.sigmoid(logits) if atoms is None else torch.softmax(logits, -1)
         expected = (probabilities * torch.tensor(atoms or 1.0)).sum()
         torch.testing.assert_close(score, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("head", ["v", "q", "shared"])
+def test_every_token_has_the_score_of_the_completion_cut_after_it(head):
+    policy, value, asked = build_model("llama"), value_model(head), rows(4)
+    for (prompt, completion), found in zip(asked, token_values(value, asked, policy, batch_tokens=100), strict=True):
+        cut = [(prompt, completion[: end + 1]) for end in range(len(completion))]
+        torch.testing.assert_close(torch.tensor(found), value_scores(value, cut, policy), atol=1e-5, rtol=1e-5)
 
 
 def test_the_last_token_has_a_say():

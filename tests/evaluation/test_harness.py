@@ -43,6 +43,7 @@ def lines_of(path):
 def test_every_stage_leaves_its_file(evaluated):
     out = evaluated()
     assert sorted(path.name for path in out.iterdir()) == [
+        "arms.json",
         "report.html",
         "report.json",
         "report.md",

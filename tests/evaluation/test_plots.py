@@ -11,6 +11,7 @@ from posttrain.evaluation.plots import (
     COLOURS,
     accuracy_curves,
     calibration,
+    kl_plane,
     length_histogram,
     metric_curves,
     step_curves,
@@ -39,6 +40,18 @@ def assert_drawn_at(pixels, values):
 
 def arm(name, *curve):
     return Arm(name, f"the {name}", np.array([0.0, 1.0]), 10, 1.0, curve)
+
+
+def test_the_plane_of_kl_has_every_arm_and_the_lines_of_sweeps():
+    class Point:
+        def __init__(self, kl, accuracy):
+            self.beta, self.kl, self.accuracy, self.interval = 1.0, kl, accuracy, (accuracy - 0.1, accuracy + 0.1)
+
+    svg = kl_plane([arm("base"), arm("one"), arm("two")], {"Q#": [Point(0.5, 0.4), Point(1.0, 0.8), Point(2.0, 0.9)]})
+    line = next(path for path in outlines(svg, COLOURS[3]) if len(path) == 3)
+    assert_drawn_at([line[:, 0]], [np.array([0.5, 1.0, 2.0])])
+    assert_drawn_at([line[:, 1]], [np.array([0.4, 0.8, 0.9])])
+    assert all(f">{title}</text>" in svg for title in ("the base", "the one", "the two", "Q#, over beta"))
 
 
 def test_step_curves_go_through_their_points():

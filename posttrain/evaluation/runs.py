@@ -1,0 +1,154 @@
+"""Runs read back from their folders, for a page over several of them."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from posttrain import record
+from posttrain.errors import UserError
+from posttrain.evaluation.arms import Arm
+from posttrain.evaluation.arms_file import ARMS, Measured, read_arms
+from posttrain.evaluation.report import SAMPLES
+from posttrain.record import Status, read_attempts, read_metrics, read_status
+
+
+@dataclass(frozen=True)
+class Point:
+    """A guided policy in the plane of accuracy and KL."""
+
+    beta: float
+    kl: float
+    accuracy: float
+    interval: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A run: what its folder says.
+
+    sweeps: law -> points in order of KL, on the problems of `measured`; samples: the part that they are of -> problems.
+    """
+
+    name: str
+    folder: Path
+    status: Status | None
+    attempts: list[dict[str, Any]]
+    metrics: list[dict[str, Any]]
+    measured: list[Measured]
+    sweeps: dict[str, list[Point]]
+    samples: dict[str, list[dict[str, Any]]]
+
+    @property
+    def command(self) -> str:
+        """Its first word; the others stand with what made it."""
+        argv = self.attempts[-1].get("argv") if self.attempts else None
+        return argv[0] if argv else ""
+
+    def curves(self) -> dict[str, dict[str, tuple[list[int], list[float]]]]:
+        """part -> name of what is logged -> (steps, values)."""
+        found: dict[str, dict[str, dict[int, float]]] = {}
+        for row in self.metrics:
+            of_part = found.setdefault(row["part"], {})
+            for name, value in row.items():
+                if name not in ("part", "step") and isinstance(value, (int, float)):
+                    of_part.setdefault(name, {})[row["step"]] = value
+        return {part: {name: _sorted(points) for name, points in of_part.items()} for part, of_part in found.items()}
+
+
+def read_runs(folders: Sequence[Path]) -> list[Recorded]:
+    """Named by the shortest end of their paths that tells them apart.
+
+    Errors: UserError naming `run` for a folder that is none, or a damaged one, and for one that is given twice.
+    """
+    paths = [folder.absolute() for folder in folders]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise UserError(f"run: {path} is given twice")
+    return [_read(folder, name) for folder, name in zip(folders, _names(paths), strict=True)]
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    depth = 1
+    while len({path.parts[-depth:] for path in paths}) < len(paths):
+        depth += 1
+    return ["/".join(path.parts[-depth:]) for path in paths]
+
+
+def _read(folder: Path, name: str) -> Recorded:
+    if not folder.is_dir():
+        raise UserError(f"run: no such folder: {folder}")
+    if not any((folder / file).is_file() for file in (record.STATUS, ARMS)):
+        raise UserError(f"run: {folder} is no run's folder: it has neither {record.STATUS} nor {ARMS}")
+    return Recorded(
+        name,
+        folder,
+        read_status(folder),
+        read_attempts(folder),
+        read_metrics(folder),
+        # Of an evaluation at several betas, those of each.
+        read_arms(folder) or [found for path in sorted(folder.glob(f"*/{ARMS}")) for found in read_arms(path.parent)],
+        _sweeps(folder),
+        {part: problems for part, problems in _samples(folder)},
+    )
+
+
+def _sweeps(folder: Path) -> dict[str, list[Point]]:
+    """Of Q#'s own run, or of a pipeline's stages."""
+    found: dict[str, list[Point]] = {}
+    written = _json(folder / "summary.json").get("frontier") or {}
+    for points in written.values() if isinstance(written, dict) else [written]:
+        for point in points:
+            interval = (point["interval"][0], point["interval"][1])
+            found.setdefault(point["law"], []).append(Point(point["beta"], point["kl"], point["accuracy"], interval))
+    return {law: sorted(points, key=lambda point: point.kl) for law, points in found.items()}
+
+
+def _samples(folder: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The run's own, and those of its stages."""
+    for path in sorted(folder.glob(f"**/{SAMPLES}"), key=lambda path: (len(path.parts), path)):
+        try:
+            problems = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        except ValueError:
+            raise UserError(f"run: {path} is damaged; the command that made it writes it again") from None
+        yield path.parent.relative_to(folder).as_posix(), problems
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Empty where there is no such file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        raise UserError(f"run: {path} is damaged; the command that made it writes it again") from None
+
+
+def comparable(runs: Sequence[Recorded]) -> list[Measured]:
+    """The arms of all runs by the problems they were measured on: those of one list can be compared, those of two cannot.
+
+    Of several runs an arm's title names its run, except where it is the same in all that have it: one model, sampled alike.
+    """
+    lists = {each.fingerprint: each for run in reversed(runs) for each in reversed(run.measured)}
+    found = []
+    for fingerprint, first in reversed(lists.items()):
+        arms = [
+            (run, arm) for run in runs for each in run.measured if each.fingerprint == fingerprint for arm in each.arms
+        ]
+        scores: dict[str, list[tuple[float, ...]]] = {}
+        for _, arm in arms:
+            scores.setdefault(arm.title, []).append((arm.tokens, *arm.per_problem))
+        shown: dict[str, Arm] = {}
+        for run, arm in arms:
+            alike = len(scores[arm.title]) > 1 and len(set(scores[arm.title])) == 1
+            title = arm.title if alike or len(runs) == 1 else f"{run.name}: {arm.title}"
+            shown.setdefault(title, replace(arm, title=title))
+        found.append(replace(first, arms=tuple(shown.values())))
+    return found
+
+
+def _sorted(points: Mapping[int, float]) -> tuple[list[int], list[float]]:
+    steps = sorted(points)
+    return steps, [points[step] for step in steps]

@@ -1,0 +1,133 @@
+"""A page over several runs: what can be compared is, by problem, and what cannot is said to be."""
+
+import json
+import shutil
+
+import pytest
+
+from posttrain.errors import UserError
+from posttrain.evaluation.arms_file import problems_of, read_arms
+from posttrain.evaluation.intervals import paired_comparison
+from posttrain.evaluation.runs import comparable, read_runs
+from posttrain.evaluation.runs_report import pairs, write_runs_report
+from posttrain.record import begin, recording
+from tests.browser import CHROMIUM, browser
+from tests.evaluation.recorded import HOSTILE, dqo, qsharp, table
+
+PROBLEMS = [f"{i} + {i}" for i in range(40)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    return [qsharp(root / "guided", PROBLEMS), dqo(root / "trained", PROBLEMS), dqo(root / "other", PROBLEMS[:30])]
+
+
+@pytest.fixture(scope="module")
+def written(folders, tmp_path_factory):
+    out = tmp_path_factory.mktemp("report")
+    return out, write_runs_report(folders, out)
+
+
+def test_arms_come_back_as_they_were(folders):
+    (found,) = read_arms(folders[0])
+    assert [arm.title for arm in found.arms][:2] == ["one sample", "majority of 8"]
+    assert found.arms[3].measures == {"kl": 0.89} and len(found.arms[3].per_problem) == 40
+    assert found.problems == problems_of(table(folders[0], PROBLEMS)) and len(set(found.problems)) == 40
+
+
+def test_problems_are_the_same_whatever_the_prompt(folders, tmp_path):
+    plain = table(tmp_path, PROBLEMS)
+    asked = table(tmp_path, PROBLEMS)
+    asked.manifest["settings"]["template"] = "Solve {problem}"  # the braces are then the problem's own
+    assert problems_of(plain) == read_arms(folders[1])[0].problems != problems_of(asked)
+
+
+def test_runs_on_the_same_problems_are_paired_and_others_are_not(written, folders):
+    out, found = written
+    assert [(each.problems, len(each.arms[1])) for each in found] == [(40, 6), (30, 4)]
+    rows = found[0].paired[1]
+    assert not any("oracle" in cell for row in rows for cell in row[:2])
+    row = next(row for row in rows if row[0] == "trained: DQO, beta 0.03" and row[1] == "one sample")
+    arms = {arm.title: arm.per_problem for each in comparable(read_runs(folders[:2])) for arm in each.arms}
+    expected = paired_comparison(arms[row[0]], arms[row[1]])
+    assert (row[2], row[4]) == (f"{100 * expected.difference:+.1f}", f"{expected.p_value:.2g}")
+    assert "measured on 2 lists of problems, which are not compared" in (out / "report.md").read_text()
+
+
+def test_every_arm_is_compared_with_the_model_alone_and_with_the_best(folders):
+    (found,) = read_arms(folders[0])
+    named = [(arm.name, other.name) for arm, other in pairs(found.arms)]
+    assert named == [
+        *(("majority", "base"), ("qsharp", "base"), ("cd", "base")),
+        *(("majority", "qsharp"), ("cd", "qsharp")),
+    ]
+    assert list(pairs(found.arms[:1])) == []
+
+
+def test_trainings_stand_under_their_method(written):
+    text = (written[0] / "report.md").read_text()
+    for title in ("## Sampling", "## Q#, value model", "## DQO"):
+        assert title in text
+    assert "| guided: round-1/value | 100 | 0.01 | 0.4 | 0.9 | 0.05 | 0.5 |" in text
+    assert "| guided: train | 3 | 768 | 0.5 | 61 | 900 |" in text
+    page = (written[0] / "report.html").read_text()
+    assert "Q#, value model: eval auc." in page and "DQO: explained variance." in page
+
+
+def test_the_page_stands_alone_and_shows_values_and_no_markup_of_a_model(written):
+    page = (written[0] / "report.html").read_text()
+    assert HOSTILE not in page and "{{ 7*7 }}" in page and "&lt;script&gt;" in page
+    assert "http" not in page.replace("http://www.w3.org", "").replace("http-equiv", "")
+    assert '<span title="0.000" style="--v:0.000">makes </span>' in page
+
+
+def test_a_run_at_work_and_a_failed_one_are_told(tmp_path):
+    with pytest.raises(UserError), recording(["dqo"]):
+        begin(tmp_path / "failed", {}, ["none"])
+        (tmp_path / "failed" / "train").mkdir()
+        raise UserError("data: there is no prompt to sample")
+    assert write_runs_report([tmp_path / "failed"], tmp_path / "report") == []
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "failed: data: there is no prompt to sample" in text and "has measured nothing yet" in text
+
+
+def test_what_is_no_run_is_one_line(folders, tmp_path):
+    for given, message in (
+        ([tmp_path / "none"], "run: no such folder: .*/none"),
+        ([tmp_path], "run: .* is no run's folder: it has neither STATUS nor arms.json"),
+        ([folders[0], folders[0]], "run: .*/guided is given twice"),
+    ):
+        with pytest.raises(UserError, match=message):
+            write_runs_report(given, tmp_path / "report")
+    broken = shutil.copytree(folders[0], tmp_path / "broken")
+    for name in ("arms.json", "samples.jsonl", "summary.json"):
+        good = (broken / name).read_text()
+        (broken / name).write_text(good[:-5])
+        with pytest.raises(UserError, match=f"run: .*{name} is damaged"):
+            write_runs_report([broken], tmp_path / "report")
+        (broken / name).write_text(good)
+    arms = json.loads((broken / "arms.json").read_text())
+    arms[0]["problems"].pop()
+    (broken / "arms.json").write_text(json.dumps(arms))
+    with pytest.raises(UserError, match="arms.json is damaged"):
+        write_runs_report([broken], tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_in_a_browser_light_and_dark_on_a_phone_and_a_desk(written, tmp_path):
+    with browser(tmp_path / "profile") as page:
+        for scheme, width in (("light", 1280), ("dark", 390)):
+            page.colours(scheme)
+            page.resize(width, 800)
+            page.open(f"file://{written[0]}/report.html")
+            assert page.run("document.documentElement.scrollWidth <= innerWidth")  # only tables scroll sideways
+            colours = page.run(
+                "[...document.querySelectorAll('.valued span')].slice(0, 6).map(s => getComputedStyle(s).backgroundColor)"
+            )
+            assert len(set(colours)) == len(colours) > 3
+            light = page.run("getComputedStyle(document.body).backgroundColor")
+            assert (light == "rgb(255, 255, 255)") == (scheme == "light")
+            assert page.run("document.querySelectorAll('figure svg').length") > 8
+        assert page.complaints == []
