@@ -23,6 +23,7 @@ COMMANDS = {
     "pipeline": "several methods on one base, from one file: one table, one report",
     "eval": "measure a model on math benchmarks, with intervals; re-grade, report, compare",
     "report": "one page over any runs: their curves, arms, paired tests and completions",
+    "export": "one folder to publish: policy, value model and probe, with a card and how to load each",
     "serve": "serve a model over HTTP, with guidance and re-ranking, to OpenAI's clients",
     "rollout-service": "serve a policy to rollouts: vLLM's own server, which says what it serves and takes new weights",
     "grade": "is this answer right? and why",

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     import torch
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny"
+FINGERPRINTED = (  # files of a policy's folder that decide what it says
+    *("*.safetensors", "config.json", "generation_config.json"),
+    *("tokenizer*", "vocab.json", "merges.txt", "chat_template*"),
+)
 
 
 @dataclass(frozen=True)
@@ -127,16 +131,7 @@ def model_folder(name: str) -> Path:
 
 def model_fingerprint(folder: Path) -> str:
     """sha256 over what decides the policy: weights, configuration, end-of-text ids, vocabulary, chat template."""
-    patterns = (
-        "*.safetensors",
-        "tokenizer*",
-        "vocab.json",
-        "merges.txt",
-        "chat_template*",
-        "config.json",
-        "generation_config.json",
-    )
-    return hash_files({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
+    return hash_files({file for pattern in FINGERPRINTED for file in folder.glob(pattern) if file.is_file()})
 
 
 def cache_folder() -> Path:

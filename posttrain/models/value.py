@@ -376,3 +376,7 @@ def _check_atoms(atoms: list[float] | None, where: str = "") -> None:
             check_atoms(torch.as_tensor(atoms, dtype=torch.float64))
         except (ValueError, TypeError):
             raise UserError(f"{where}atoms: must be at least two finite increasing numbers, got {atoms}") from None
+
+
+AutoConfig.register(ValueModelConfig.model_type, ValueModelConfig)
+AutoModel.register(ValueModelConfig, ValueModel)

@@ -1,0 +1,306 @@
+"""A run's result as one folder to publish: the policy with adapters merged, and its value model and probe beside it.
+
+DIR/                 the policy, an ordinary Hugging Face folder
+DIR/value/           the value model of Q# (`posttrain.load_guided(DIR)` guides by it)
+DIR/probe/           the Q-Probe
+DIR/posttrain.json   how guidance is meant: beta, candidates; and what it was made of
+DIR/README.md        the card: figures with intervals, and how to load each
+"""
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from posttrain import record
+from posttrain.config import read_yaml
+from posttrain.decoding.guided_model import SETTINGS, VALUE
+from posttrain.errors import UserError
+from posttrain.evaluation.arms_file import read_arms
+from posttrain.model_card import write_card
+from posttrain.models.load import FINGERPRINTED, model_fingerprint, model_folder
+from posttrain.models.probe import Probe
+from posttrain.models.value import ValueModelConfig, value_fingerprint
+from posttrain.pipelines.pipeline import STAGE
+from posttrain.provenance import hash_files, versions, write_json
+from posttrain.rollouts.collect import check_folder
+
+POLICY, PROBE, ADAPTER, RUN = "policy", "probe", "adapter", "run"
+BESIDE = ("special_tokens_map.json", "added_tokens.json", "*.model", "*.safetensors.index.json")  # of a policy's files
+OWN = re.compile(r"(.*/)?(qsharp(_\d+)?|qprobe|dqo|grpo|plain|grpo_lambda)")  # arms of what is exported
+
+
+@dataclass
+class Found:
+    """Folders, by what they hold, and what their runs say of them. figures: as a card takes them."""
+
+    parts: dict[str, list[Path]] = field(default_factory=lambda: {POLICY: [], VALUE: [], PROBE: [], ADAPTER: []})
+    methods: list[str] = field(default_factory=list)
+    guidance: dict[str, Any] = field(default_factory=dict)
+    figures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    own: str | None = None
+    data: str | None = None
+    base: str | None = None
+
+
+def export(sources: Sequence[str], out: Path) -> list[str]:
+    """Writes `out`, new or empty; what is in it. sources: folders of runs, policies, adapters, value models or probes, or a
+    model's name.
+
+    Errors: UserError naming `source` for one that is none of these, two that contradict each other, or a value model or
+    probe of another policy, and `out`.
+    """
+    check_folder(out, resume=False)
+    found = Found()
+    for source in sources:
+        _find(source, found)
+    policy = _one(found.parts[POLICY], model_fingerprint, "policies")
+    value = _one(found.parts[VALUE], value_fingerprint, "value models")
+    probe = _one(found.parts[PROBE], value_fingerprint, "probes")
+    adapter = _one(found.parts[ADAPTER], _adapter_fingerprint, "adapters")
+    if policy is None and adapter is None:
+        raise UserError(
+            f"source: none of {', '.join(sources)} is a policy; name it as well, such as `tiny` or a folder"
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+        folder = Path(scratch) / "made"
+        folder.mkdir()
+        base = found.base or str(policy)
+        if adapter is not None:
+            base = _merge(adapter, folder)
+        else:
+            assert policy is not None
+            for pattern in (*FINGERPRINTED, *BESIDE):
+                for file in policy.glob(pattern):
+                    if file.is_file():
+                        shutil.copyfile(file, folder / file.name)
+        fingerprint = model_fingerprint(folder)
+        notes = []
+        if value is not None:
+            _check(value, json.loads((value / "config.json").read_text()).get("reference"), fingerprint, "value model")
+            _copy(value, folder / VALUE)
+            notes.append(GUIDED)
+        if probe is not None:
+            card = Probe.from_pretrained(probe).card
+            _check(probe, card.policy, fingerprint, "probe")
+            _copy(probe, folder / PROBE)
+            notes.append(PROBED if card.hidden is None else PROBED_MLP)
+        made = {"made_from": list(sources), "policy": fingerprint, "versions": versions()}
+        write_json(folder / SETTINGS, {**(found.guidance if value is not None else {}), **made})
+        text = write_card(
+            folder,
+            " and ".join(dict.fromkeys(found.methods)) or "post-training",
+            base,
+            data=found.data,
+            figures=found.figures,
+            own=found.own,
+            notes=[_filled(note, out, probe) for note in notes],
+        )
+        text.write_text(text.read_text(encoding="utf-8").replace(str(folder), str(out)), encoding="utf-8")
+        if out.is_dir():
+            out.rmdir()
+        folder.rename(out)
+    return [str(path.relative_to(out)) for path in sorted(out.rglob("*")) if path.is_file()]
+
+
+def _find(source: str, found: Found) -> None:
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        found.parts[POLICY].append(model_folder(source))
+        return
+    kind = _kind(path)
+    if kind == RUN:
+        _find_of_run(path, found)
+    else:
+        found.parts[kind].append(path)
+
+
+def _kind(folder: Path) -> str:
+    if (folder / "adapter_config.json").is_file():
+        return ADAPTER
+    if not (folder / "config.json").is_file():
+        if any((folder / name).is_file() for name in (record.CONFIG, STAGE)):
+            return RUN
+        raise UserError(
+            f"source: {folder} holds neither a run ({record.CONFIG}) nor a policy, adapter, value model or probe (config.json)"
+        )
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"source: {folder / 'config.json'} is damaged") from None
+    if config.get("model_type") == ValueModelConfig.model_type:
+        return VALUE
+    return PROBE if "model_type" not in config and "dim" in config else POLICY
+
+
+def _find_of_run(folder: Path, found: Found) -> None:
+    """Of a trained policy itself; of a value model or a probe also the policy that it is for."""
+    before = {kind: len(paths) for kind, paths in found.parts.items()}
+    stages = {path.parent: json.loads(path.read_text(encoding="utf-8"))["config"] for path in folder.glob(f"*/{STAGE}")}
+    if not stages:
+        _find_made(folder, _config(folder), found)
+    for trained in (
+        False,
+        True,
+    ):  # a pipeline's trained policies each begin at its base, what guides it belongs to the base
+        if all(len(paths) == before[kind] for kind, paths in found.parts.items()):
+            for stage, config in sorted(stages.items()):
+                _find_made(stage, config, found, trained)
+    if all(len(paths) == before[kind] for kind, paths in found.parts.items()):
+        raise UserError(f"source: {folder} has made no policy, value model or probe; is it finished?")
+    found.base = str(_config(folder)["model"])
+    if len(found.parts[POLICY]) == before[POLICY]:
+        found.parts[POLICY].append(model_folder(found.base))
+    for measured in read_arms(folder):
+        found.data = measured.title
+        found.figures |= {arm.title: arm.summary() for arm in measured.arms}
+        found.own = next((arm.title for arm in reversed(measured.arms) if OWN.fullmatch(arm.name)), found.own)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """Of a run, or of a pipeline's stage."""
+    if (folder / STAGE).is_file():
+        return dict(json.loads((folder / STAGE).read_text(encoding="utf-8"))["config"])
+    return read_yaml(folder / record.CONFIG)
+
+
+def _find_made(folder: Path, config: dict[str, Any], found: Found, trained: bool = True) -> None:
+    """trained: policies too."""
+    rounds = sorted(folder.glob("round-*/value/made_by.json"), key=lambda path: int(path.parents[1].name[6:]))
+    if rounds:
+        found.parts[VALUE].append(rounds[-1].parent)
+        found.methods.append("Q#")
+        found.guidance = {"beta": config.get("beta"), "guidance": config.get("guidance") or {}}
+    if (folder / PROBE / "config.json").is_file():
+        found.parts[PROBE].append(folder / PROBE)
+        found.methods.append("Q-Probe")
+    if trained and (folder / POLICY / "made_by.json").is_file():
+        found.parts[POLICY].append(folder / POLICY)
+        found.methods.append("DQO")
+    arms = [folder / str(name) for name in config.get("arms") or ()]
+    made = [arm for arm in arms if (arm / "made_by.json").is_file()]
+    if trained and made:
+        found.parts[POLICY].append(made[-1])
+        found.methods.append("GRPO-lambda" if made[-1].name == "grpo_lambda" else "GRPO")
+
+
+def _one(folders: Sequence[Path], fingerprint: Any, plural: str) -> Path | None:
+    """The folder, of several any if they hold the same."""
+    distinct = {fingerprint(folder): folder for folder in folders}
+    if len(distinct) > 1:
+        raise UserError(
+            f"source: these are {len(distinct)} {plural}: {', '.join(map(str, distinct.values()))}; name one"
+        )
+    return next(iter(distinct.values()), None)
+
+
+def _adapter_fingerprint(folder: Path) -> str:
+    return hash_files({*folder.glob("*.safetensors"), folder / "adapter_config.json"})
+
+
+def _check(folder: Path, reference: str | None, fingerprint: str, what: str) -> None:
+    if reference != fingerprint:
+        raise UserError(
+            f"source: the {what} in {folder} is for the policy {str(reference)[:16]}, the one to export is {fingerprint[:16]}; "
+            "name its own"
+        )
+
+
+def _merge(adapter: Path, out: Path) -> str:
+    """The adapter's base with the adapter in its weights; the base's name."""
+    from peft import PeftConfig, PeftModel
+
+    from posttrain.models.load import load_model
+
+    base = str(PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path)
+    policy = load_model(base, "cpu", "float32")
+    merged = PeftModel.from_pretrained(policy.model, str(adapter)).merge_and_unload()
+    merged.save_pretrained(out)
+    policy.tokenizer.save_pretrained(out)
+    return base
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.mkdir()
+    for file in _weights(source):
+        shutil.copyfile(file, target / file.name)
+
+
+def _weights(folder: Path) -> Iterator[Path]:
+    yield folder / "config.json"
+    yield from folder.glob("*.safetensors")
+    yield from folder.glob("*.safetensors.index.json")
+
+
+def _filled(note: str, out: Path, probe: Path | None) -> str:
+    filled = note.replace("FOLDER", json.dumps(str(out))[1:-1])
+    card = Probe.from_pretrained(probe).card if probe is not None else None
+    if card is not None and card.feature is not None:
+        pooled = "states[len(prompt) :].mean(0)" if card.feature.pooling == "mean" else "states[-1]"
+        filled = filled.replace("LAYER", str(card.feature.layer)).replace("POOLED", pooled)
+    return filled
+
+
+GUIDED = """\
+## With guidance
+
+The value model in `value/` tilts every token towards completions that come out right (Q#,
+[arXiv 2502.20548](https://arxiv.org/abs/2502.20548)); `beta` is the KL coefficient, and `beta=float("inf")` the policy alone:
+
+```python
+import posttrain
+
+guided = posttrain.load_guided("FOLDER")
+chat = [{"role": "user", "content": "23+48-17=?"}]
+inputs = guided.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+ids = guided.generate(inputs["input_ids"], inputs["attention_mask"], max_new_tokens=128, do_sample=True, seed=0)
+answer = guided.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+```
+
+The value model itself is a transformers model, whose forward gives value logits of every prefix:
+
+```python
+import posttrain.models.value  # tells transformers of its class
+from transformers import AutoModel
+
+value = AutoModel.from_pretrained("FOLDER/value")
+```"""
+
+PROBED = """\
+## Choosing one of several samples
+
+The probe in `probe/` scores a completion by the policy's hidden states (Q-Probe,
+[arXiv 2402.14688](https://arxiv.org/abs/2402.14688)); the best of k samples has the highest score:
+
+```python
+import torch
+from safetensors.torch import load_file
+
+probe = load_file("FOLDER/probe/model.safetensors")
+
+
+def score(prompt, completion):  # token ids, the completion's without its end token
+    with torch.no_grad():
+        states = model(torch.tensor([prompt + completion]), output_hidden_states=True).hidden_states[LAYER][0].float()
+    feature = (POOLED - probe["mean"]) / probe["std"]
+    return float(feature @ probe["first.weight"][0] + probe["first.bias"][0])
+```"""
+
+PROBED_MLP = """\
+## Choosing one of several samples
+
+The probe in `probe/` scores a completion by the policy's hidden states (Q-Probe,
+[arXiv 2402.14688](https://arxiv.org/abs/2402.14688)); the best of k samples has the highest score:
+
+```python
+from posttrain.decoding.rerank import Reranker
+from posttrain.models.load import load_model
+from posttrain.models.probe import Probe
+
+reranker = Reranker(load_model("FOLDER"), Probe.from_pretrained("FOLDER/probe"))
+```"""
