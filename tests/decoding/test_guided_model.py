@@ -79,16 +79,18 @@ def test_unguided_greedy_is_transformers_own_generate(guided, batch):
     )
 
 
-def test_its_beta_and_where_the_noise_comes_from(guided, batch):
-    one = batch["input_ids"][:1]
+def test_its_beta_and_where_the_noise_comes_from(guided, batch, monkeypatch):
+    one, asked = batch["input_ids"][:1], []
+    real = guided.engine.generate
+    monkeypatch.setattr(guided.engine, "generate", lambda requests: asked.extend(requests) or real(requests))
 
     def sample(**more):
-        return guided.generate(
-            one, max_new_tokens=40, do_sample=True, temperature=1.2, num_return_sequences=6, **more
-        ).tolist()
+        return guided.generate(one, max_new_tokens=24, do_sample=True, temperature=3.0, **more).tolist()
 
-    assert guided.beta == 0.1 and sample(seed=1) == sample(seed=1, beta=0.1) != sample(seed=1, beta=0.002)
-    assert sample(seed=1) != sample(seed=2)
+    for given, expected in ((None, 0.1), (0.3, 0.3), (math.inf, None)):
+        sample(seed=1, beta=given)
+        assert asked[-1].beta == expected and asked[-1].sampling.temperature == 3.0
+    assert sample(seed=1) == sample(seed=1) != sample(seed=2)
     assert sample(generator=torch.Generator().manual_seed(3)) == sample(generator=torch.Generator().manual_seed(3))
     torch.manual_seed(5)
     first, second = sample(), sample()
