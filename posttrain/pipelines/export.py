@@ -134,6 +134,8 @@ def _kind(folder: Path) -> str:
     except ValueError:
         raise UserError(f"source: {folder / 'config.json'} is damaged") from None
     if config.get("model_type") == ValueModelConfig.model_type:
+        if config.get("soft"):
+            raise UserError(f"source: {folder} is DQO's value model, which guides no tokens; name the policy beside it")
         return VALUE
     return PROBE if "model_type" not in config and "dim" in config else POLICY
 
