@@ -1,7 +1,7 @@
 """The figures of a report, as SVG text that stands in a page of any background."""
 
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import cycle
 from typing import Any, Protocol
@@ -140,7 +140,8 @@ def kl_plane(arms: Sequence[Arm], sweeps: Mapping[str, Sequence[_Point]]) -> str
     """Accuracy with its interval against KL: a point for every arm, at 0 where it names none, and a line for every sweep over
     betas."""
     styles = cycle([(filled, line) for filled in (True, False) for line in LINES])
-    with _figure("kl", height=5.4) as (axes, svg):
+    titles = [arm.title for arm in arms] + [f"{title}, over beta" for title in sweeps]
+    with _figure("kl", height=_height(titles)) as (axes, svg):
         for arm, (filled, line) in zip(arms, styles, strict=False):
             face = line["color"] if filled else "none"
             style = {**line, "linestyle": "none", "markerfacecolor": face}
@@ -154,13 +155,23 @@ def kl_plane(arms: Sequence[Arm], sweeps: Mapping[str, Sequence[_Point]]) -> str
         axes.set_xlabel("KL to the reference, nats per completion")
         axes.set_ylabel("accuracy of one sample")
         axes.set_ylim(top=1.02)
-        axes.figure.legend(frameon=False, labelcolor=INK, fontsize=9, loc="outside lower center", ncols=_columns(arms))
+        _legend_below(axes, titles)
     return svg[0]
 
 
-def _columns(arms: Iterable[Arm]) -> int:
+def _legend_below(axes: Any, titles: Sequence[str]) -> None:
+    options = {"frameon": False, "labelcolor": INK, "fontsize": 9, "loc": "outside lower center"}
+    axes.figure.legend(**options, ncols=_columns(titles))
+
+
+def _columns(titles: Sequence[str]) -> int:
     """Of a legend below a figure: one where titles are long."""
-    return 1 if max((len(arm.title) for arm in arms), default=0) > 36 else 2
+    return 1 if max(map(len, titles), default=0) > 34 else 2
+
+
+def _height(titles: Sequence[str]) -> float:
+    """Of a figure with its legend below, in inches."""
+    return 4 + 0.2 * -(-len(titles) // _columns(titles))
 
 
 def step_curves(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], label: str) -> str:
@@ -184,7 +195,8 @@ def step_curves(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], lab
 def token_plane(arms: Mapping[str, Arm]) -> str:
     """Accuracy with its interval against the tokens that one answer costs, a point for every arm."""
     styles = [(filled, line) for filled in (False, True) for line in LINES]  # the second time round, markers are filled
-    with _figure("plane", height=5.4) as (axes, svg):
+    titles = [arm.title for arm in arms.values()]
+    with _figure("plane", height=_height(titles)) as (axes, svg):
         for arm, (filled, line) in zip(arms.values(), cycle(styles), strict=False):
             face = line["color"] if filled else "none"
             axes.plot(
@@ -196,9 +208,7 @@ def token_plane(arms: Mapping[str, Arm]) -> str:
         axes.set_xlabel("completion tokens per answer")
         axes.set_ylabel("accuracy")
         axes.set_ylim(top=1.02)
-        axes.figure.legend(
-            frameon=False, labelcolor=INK, fontsize=9, loc="outside lower center", ncols=_columns(arms.values())
-        )
+        _legend_below(axes, titles)
     return svg[0]
 
 

@@ -168,6 +168,7 @@ def _comparison(found: Measured, runs: Sequence[Recorded]) -> Comparison:
         for run in runs
         if any(each.fingerprint == found.fingerprint for each in run.measured)
         for law, points in run.sweeps.items()
+        if len(points) > 1  # one is an arm already
     }
     arms = {f"{i}": arm for i, arm in enumerate(found.arms)}
     figures = [Figure(token_plane(arms), "Accuracy against what an answer costs, with 95 % intervals.")]

@@ -68,8 +68,8 @@ def export(sources: Sequence[str], out: Path) -> list[str]:
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-        folder = Path(scratch) / "made"
-        folder.mkdir()
+        folder = Path(scratch) / out.name / "made"  # the card names the model by the folder above it
+        folder.mkdir(parents=True)
         base = found.base or str(policy)
         if adapter is not None:
             base = _merge(adapter, folder)

@@ -37,6 +37,10 @@ def test_a_recipe_is_run_into_the_folder_of_the_command_line(tmp_path, recipe, c
     assert json.loads((out / "summary.json").read_text())["manifest"]["config"]["train_prompts"] == 10
     assert read_status(out).state == "finished" and len(read_attempts(out)) == 3
     assert any(row["part"] == "round-1/value" and "eval_auc" in row for row in read_metrics(out))
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    for sample in (sample for each in samples for sample in each["samples"]):
+        assert len(sample["values"]) == sample["tokens"] and all(0 <= value <= 1 for _, value in sample["values"])
+        assert "".join(text for text, _ in sample["values"]).startswith(sample["completion"])
     page, shown = (out / "report.html").read_text(), capsys.readouterr().out
     assert "Q#, round 1, beta 0.1" in shown and f"guide: {out}/round-1/value" in shown
     assert all(f"<td>{name}</td>" in page for name in ("Q#", "CD", "reward model", "weighted majority"))

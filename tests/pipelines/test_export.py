@@ -82,6 +82,7 @@ def test_the_snippets_of_the_readme_run(exported):
 def test_the_card_has_the_figures_with_intervals(exported):
     text = (exported / "README.md").read_text()
     assert "trained by Q# and Q-Probe" in text and "| **Q#, round 1** |" in text and "95 % interval" in text
+    assert "- name: out\n" in text
 
 
 def test_an_adapter_is_merged(tmp_path):
