@@ -148,7 +148,7 @@ def _train(
             bf16=config.bf16,
             gradient_checkpointing=config.gradient_checkpointing,
             packing=config.packing,
-            use_cpu=policy.model.device.type == "cpu",
+            use_cpu=ranks.use_cpu,
             logging_strategy="epoch",
             disable_tqdm=True,
             seed=seed,
@@ -174,7 +174,7 @@ def _train(
         "metrics": defined({name: metrics[name] for name in METRICS}),
         "by_position": [defined(entry) for entry in trainer.by_position],
         "seconds": time.perf_counter() - started,
-        "processes": ranks.count,
+        "processes": trainer.args.world_size,
         "versions": versions(),
     }
     if ranks.first:

@@ -64,6 +64,12 @@ class ValueConfig(TrainingArguments):
         self.label_names = ["returns", "mask"]
         super().__post_init__()
 
+    @property
+    def device(self) -> torch.device:
+        """A processor without the number that accelerate gives it on each rank, and torch's loader of checkpoints does not know."""
+        found = super().device
+        return torch.device("cpu") if found.type == "cpu" else found
+
 
 class ValueTrainer(Trainer):
     """Fits Z(x, y), the law of the return under the policy whose completions these are (objectives/qsharp.py).
