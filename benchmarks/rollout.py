@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from engine import read_requests, seconds
@@ -99,6 +100,7 @@ def main() -> None:
             "service, one replica": stack.enter_context(ServiceEngine([one], slots=SLOTS)),
             "service, two replicas": stack.enter_context(ServiceEngine(pair, slots=SLOTS)),
         }
+        torch.set_num_threads(args.threads)  # vLLM has thoughts of its own
         warm = [
             replace(one, prompt_ids=one.prompt_ids[::-1], sampling=replace(one.sampling, max_tokens=2))
             for one in requests
@@ -110,7 +112,9 @@ def main() -> None:
             fresh = [replace(one, prompt_ids=tuple((i + number) % vocab for i in one.prompt_ids)) for one in requests]
             times.append({way: seconds(run, engine, fresh) for way, engine in ways.items()})
     where = torch.cuda.get_device_name() if policy.model.device.type == "cuda" else f"cpu, {args.threads} threads"
-    table = Table(title=f"SmolLM2, {where}, float32; {len(requests)} requests, {tokens} tokens; {repeats} repeats")
+    table = Table(
+        title=f"{Path(name).stem}, {where}, float32; {len(requests)} requests, {tokens} tokens; {repeats} repeats"
+    )
     for column in ("way", "tokens/s", "of transformers", "range"):
         table.add_column(column, justify="left" if column == "way" else "right")
     for way in ways:
