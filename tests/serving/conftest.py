@@ -106,7 +106,7 @@ def started(*options: str, model: str = "tiny") -> Iterator[SimpleNamespace]:
                 assert line, (log.seek(0), log.read()[-4000:])[1]
             yield SimpleNamespace(url=line.removeprefix("ready: ").strip(), process=process)
             process.send_signal(signal.SIGTERM)
-            assert process.wait(60) == 0
+            assert process.wait(300) == 0
         finally:
             process.kill()
 
@@ -134,14 +134,14 @@ def server(request: pytest.FixtureRequest, folders: SimpleNamespace) -> Iterator
 @pytest.fixture(scope="module")
 def client(server: SimpleNamespace) -> Any:
     openai = pytest.importorskip("openai")
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=30) as client:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=300) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
 def http(server: SimpleNamespace) -> Any:
     httpx = pytest.importorskip("httpx")
-    with httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=30) as http:
+    with httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=300) as http:
         yield http
 
 
