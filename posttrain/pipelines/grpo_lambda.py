@@ -32,6 +32,7 @@ from posttrain.evaluation.arms import Arm, policy_arm, sampled_arms
 from posttrain.evaluation.intervals import paired_comparison
 from posttrain.evaluation.plots import length_histogram, step_curves
 from posttrain.evaluation.report import Figure, write_report
+from posttrain.model_card import write_card
 from posttrain.models.load import Policy, load_model, load_tokenizer, set_aside
 from posttrain.pipelines.engines import KEY, Sampler
 from posttrain.pipelines.ranks import Ranks, release
@@ -338,7 +339,7 @@ def _learn(
 
 
 def publish(result: GRPOLambdaRun, title: str, lead: str) -> None:
-    """`summary.json` and `report.html` in the run's folder."""
+    """`summary.json` and `report.html` in the run's folder, and a card for each policy that was trained."""
     out = Path(result.config.out)
     summary = {name: arm.summary() for name, arm in result.arms.items()}
     write_json(out / "summary.json", {"arms": summary, "comparisons": comparisons(result), "manifest": result.manifest})
@@ -357,6 +358,11 @@ def publish(result: GRPOLambdaRun, title: str, lead: str) -> None:
         definitions=("pass@1", "maj@k", "pass@k", "tokens", "seconds", "interval"),
         manifest=result.manifest,
     )
+    shown = {arm.title: arm.summary() for name, arm in result.arms.items() if name in ("base", *result.config.arms)}
+    for name in result.config.arms:
+        own, settings = result.arms[name].title, result.training[name]["settings"]
+        measured: dict[str, Any] = {"data": result.config.data, "figures": shown, "own": own}
+        write_card(out / name, own, result.config.model, tags=["grpo"], settings=settings, **measured)
 
 
 def figures(result: GRPOLambdaRun) -> list[Figure]:

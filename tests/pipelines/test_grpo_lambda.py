@@ -52,6 +52,7 @@ def test_every_arm_is_trained_and_measured(finished):
         result.arms["grpo"].accuracy - result.arms["base"].accuracy
     )
     assert "GRPO-lambda" in (out / "report.html").read_text()
+    assert "| **GRPO-lambda** |" in (out / "grpo_lambda" / "README.md").read_text()
 
 
 def test_the_guard_has_something_to_look_at(finished):
