@@ -227,7 +227,7 @@ class DQOTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """resume_from_checkpoint: written by as many processes or by others, as long as a step takes as many completions; with
-        DeepSpeed or without, in the same ZeRO stage. Errors: UserError where it was not."""
+        DeepSpeed or without, in the same ZeRO stage, of which stage 3 goes on with as many alone. Errors: UserError where it was not."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
         if resume_from_checkpoint:
@@ -258,6 +258,11 @@ class DQOTrainer(Trainer):
                 f"per_device_train_batch_size: a step of {checkpoint} takes {there['completions']} completions, one of this launch "
                 f"{here['completions']}; change it or gradient_accumulation_steps"
             )
+        if here["zero_stage"] == 3 and there["ranks"] != here["ranks"]:
+            raise UserError(
+                f"launch: {checkpoint} was written by {there['ranks']} processes under ZeRO-3, and goes on with as many, not with "
+                f"{here['ranks']}"
+            )
         if here["zero_stage"] is not None and there["ranks"] != here["ranks"]:
             with self.args.main_process_first(local=False):
                 if self.args.process_index == 0:
@@ -266,15 +271,12 @@ class DQOTrainer(Trainer):
             self._universal = True
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """After a universal checkpoint DeepSpeed gives all groups the settings of the first, and all parameters one count of steps,
-        which each of them then raises: here each has its own again."""
+        """After a universal checkpoint, from which DeepSpeed may give all groups the settings of the first, each has its own."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if self._universal:
             rates = self.lr_scheduler.get_last_lr()
             for group, decay, rate in zip(self.optimizer.param_groups, self._decays, rates, strict=True):
                 group.update(weight_decay=decay, lr=rate)
-            for state in self.optimizer.state.values():
-                state["step"] = copy.deepcopy(state["step"])
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         args, strategy = self.args, self.args.train_sampling_strategy

@@ -16,7 +16,7 @@ from posttrain.errors import UserError
 from posttrain.models.value import ValueModel
 from tests.trainers.ranks_dqo import trained
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parents[2]
 
 
