@@ -14,6 +14,7 @@ import transformers
 
 from posttrain.errors import UserError
 from posttrain.models.value import ValueModel
+from posttrain.trainers.dqo import DQOTrainer
 from tests.trainers.ranks_dqo import trained
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -72,7 +73,7 @@ def test_a_checkpoint_goes_on_on_one_rank_and_on_two_again(two_ranks, alone, tmp
     expect_same(tmp_path / "two" / "policy", alone)
 
 
-def test_what_cannot_go_on_is_said(alone, tmp_path: Path) -> None:
+def test_what_cannot_go_on_is_said(alone, tmp_path: Path, monkeypatch) -> None:
     checkpoint = tmp_path / "checkpoint-2"
     shutil.copytree(Path(alone.args.output_dir) / "checkpoint-2", checkpoint)
     with pytest.raises(UserError, match="per_device_train_batch_size: a step of .* takes 8 completions, .* launch 4;"):
@@ -82,6 +83,9 @@ def test_what_cannot_go_on_is_said(alone, tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match="was written under ZeRO-3, and this training runs without DeepSpeed; launch it"
     ):
+        trained(tmp_path, rows=8, accumulation=1, checkpoint=checkpoint)
+    monkeypatch.setattr(DQOTrainer, "_launch", lambda self: {**launch, "zero_stage": 3, "ranks": 2})
+    with pytest.raises(UserError, match="launch: .* was written by 1 processes under ZeRO-3, and goes on with as many"):
         trained(tmp_path, rows=8, accumulation=1, checkpoint=checkpoint)
 
 
