@@ -297,7 +297,7 @@ class GRPOLambdaTrainer(GRPOTrainer):
         gated: Tensor,
         alpha: float,
     ) -> None:
-        """All of the whole generation batch; NaN where there is nothing to average, which TRL leaves out."""
+        """All of the whole generation batch; what there is nothing to average for is left out."""
         wrong, scored = ~right & ~unscored, ~unscored
         weights = self.reward_weights.to(shaped.device)
         measured: dict[str, Any] = {
@@ -315,7 +315,8 @@ class GRPOLambdaTrainer(GRPOTrainer):
                 "gate/negative_correct": (right & (signs < 0)).sum(),
             }
         for name, value in measured.items():
-            self._metrics[self._mode][name].append(float(value))
+            if not math.isnan(value := float(value)):
+                self._metrics[self._mode][name].append(value)
 
     def _centred(self, rewards: Tensor, group: int) -> Tensor:
         """What the advantages [prompts, samples] are before their last division, which changes no sign."""
