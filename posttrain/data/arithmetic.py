@@ -27,7 +27,9 @@ LARGEST = {
     "val": 10_000,
     "test": 10_000,
 }  # per level; level 1 has 184,000 problems with a carry that matters
+HASTY_LARGEST = 20_000
 CLEAN_SHARE = 0.1  # problems that a hurried writer gets right too
+HASTY_CLEAN_SHARE = 0.75  # the same of hasty training problems
 RESTATEMENTS = 2  # how often a long-winded writer repeats every step
 
 
@@ -145,9 +147,36 @@ def problems(size: int, split: Split, seed: int = 0, levels: tuple[int, ...] = (
     return list(found.values())
 
 
+def hasty(size: int, split: Split, seed: int = 0) -> list[Problem]:
+    """`problems`, except that of the training split HASTY_CLEAN_SHARE come out right for a hurried writer too: who learns on
+    them and is paid for brevity may drop the carry, which the other splits still ask for. Errors: as `problems`."""
+    if split != "train":
+        return problems(size, split, seed)
+    if not 1 <= size <= HASTY_LARGEST:
+        raise ValueError(f"size: must be between 1 and {HASTY_LARGEST} for hasty training problems, got {size}")
+    rng = random.Random(seed)
+    found: dict[str, Problem] = {}
+    while len(found) < size:
+        level, clean = 1 + len(found) % 2, rng.random() < HASTY_CLEAN_SHARE
+        problem = draw(rng, level, split)
+        while problem.text in found or (problem.running_values(careful=False)[-1] == problem.answer) != clean:
+            problem = draw(rng, level, split)
+        found[problem.text] = problem
+    return list(found.values())
+
+
 def rows(size: int, split: Split, seed: int = 0, levels: tuple[int, ...] = (1, 2)) -> list[dict[str, Any]]:
-    """The same as data rows: `id`, `problem`, `answer` (a string), `level`."""
+    """`problems` as data rows: `id`, `problem`, `answer` (a string), `level`."""
+    return _rows(problems(size, split, seed, levels), split)
+
+
+def hasty_rows(size: int, split: Split, seed: int = 0) -> list[dict[str, Any]]:
+    """The same of `hasty`."""
+    return _rows(hasty(size, split, seed), split)
+
+
+def _rows(found: list[Problem], split: Split) -> list[dict[str, Any]]:
     return [
         {"id": f"arithmetic/{split}/{p.text}", "problem": p.text, "answer": str(p.answer), "level": p.level}
-        for p in problems(size, split, seed, levels)
+        for p in found
     ]

@@ -1,7 +1,7 @@
 """Problems with answers: a named data set, or the user's own file.
 
 A row is a dict with `id`, `problem`, `answer` (all strings) and whatever else its source carries. A name is looked up in
-this order: `arithmetic` (generated); a file; a folder `<name>/<split>.jsonl` under `POSTTRAIN_DATA`; the hub.
+this order: `arithmetic` and `arithmetic_hasty` (generated); a file; a folder `<name>/<split>.jsonl` under `POSTTRAIN_DATA`; the hub.
 """
 
 import json
@@ -58,6 +58,10 @@ MATH_SUBJECTS = (
     "precalculus",
 )
 FILES = (".jsonl", ".json", ".parquet")
+GENERATED: dict[str, Callable[..., list[Row]]] = {
+    "arithmetic": arithmetic.rows,
+    "arithmetic_hasty": arithmetic.hasty_rows,
+}
 HUB = {
     "gsm8k": HubSource("openai/gsm8k", ("main",), _gsm8k),
     "math": HubSource("EleutherAI/hendrycks_math", MATH_SUBJECTS, _math),
@@ -67,15 +71,15 @@ HUB = {
 
 
 def load_rows(data: str, split: str = "test", limit: int | None = None, seed: int = 0) -> list[Row]:
-    """The first `limit` rows of a data set's split (of `arithmetic`: `limit` rows drawn by `seed`, 1000 by default).
+    """The first `limit` rows of a data set's split (of generated ones: `limit` rows drawn by `seed`, 1000 by default).
 
     Errors: UserError naming `data`, `split` or `limit`, or the first row without a problem or an answer.
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit: must be at least 1, got {limit}")
-    if data == "arithmetic":
+    if data in GENERATED:
         try:
-            return arithmetic.rows(limit or 1000, split, seed)  # type: ignore[arg-type]
+            return GENERATED[data](limit or 1000, split, seed)
         except ValueError as error:
             raise UserError(str(error).replace("size:", "limit:", 1)) from None
     rows = _source(data, split)
@@ -98,7 +102,7 @@ def check_data(data: str) -> None:
             raise UserError(f"data: no such file: {path}")
         return
     local = sorted(entry.name for entry in Path(root).iterdir()) if root and Path(root).is_dir() else []
-    known = ["arithmetic", *HUB, *local]
+    known = [*GENERATED, *HUB, *local]
     if data not in known and (data.count("/") != 1 or path.exists()):
         raise UserError(
             f"data: no data set or file named {data}{nearest(data, known)}; "

@@ -2,6 +2,7 @@ import random
 
 import pytest
 
+from posttrain.data import arithmetic
 from posttrain.data.arithmetic import LEVELS, Problem, draw, problems, rows, split_of
 
 
@@ -97,3 +98,17 @@ def test_rows_are_what_every_data_set_gives():
 def test_errors_name_the_argument(arguments, name):
     with pytest.raises(ValueError, match=f"^{name}: "):
         problems(*arguments)
+
+
+def test_most_hasty_training_problems_need_no_carry_and_test_problems_do():
+    def clean(split):
+        found = arithmetic.hasty(400, split)
+        assert len({problem.text for problem in found}) == 400
+        assert all(arithmetic.split_of(problem) == split for problem in found)
+        return sum(problem.running_values(careful=False)[-1] == problem.answer for problem in found) / 400
+
+    assert 0.68 < clean("train") < 0.82 and clean("test") < 0.2
+    assert arithmetic.hasty(9, "test") == arithmetic.problems(9, "test")
+    assert arithmetic.hasty_rows(5, "train") == arithmetic.hasty_rows(9, "train")[:5]
+    with pytest.raises(ValueError, match="size: must be between 1 and 20000"):
+        arithmetic.hasty(20_001, "train")
