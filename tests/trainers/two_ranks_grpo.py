@@ -38,7 +38,7 @@ def main(out: Path) -> None:
     trainer.train()
     report["same_prompt"] = rollouts([data(1)[0]["prompt"]] * 4, trainer)["completion_ids"]
     keys = ("accuracy", "gate/fraction", "gate/accuracy", "reward")
-    log = [{key: entry[key] for key in keys} for entry in trainer.state.log_history if "reward" in entry]
+    log = [{key: entry.get(key) for key in keys} for entry in trainer.state.log_history if "reward" in entry]
     (out / f"rank{trainer.accelerator.process_index}.json").write_text(json.dumps({**report, "log": log}))
 
 
