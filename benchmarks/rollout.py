@@ -100,7 +100,6 @@ def main() -> None:
             "service, one replica": stack.enter_context(ServiceEngine([one], slots=SLOTS)),
             "service, two replicas": stack.enter_context(ServiceEngine(pair, slots=SLOTS)),
         }
-        torch.set_num_threads(args.threads)  # vLLM has thoughts of its own
         warm = [
             replace(one, prompt_ids=one.prompt_ids[::-1], sampling=replace(one.sampling, max_tokens=2))
             for one in requests
