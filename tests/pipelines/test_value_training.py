@@ -7,12 +7,14 @@ from dataclasses import replace
 import pytest
 from safetensors.torch import load_file, save_file
 
+from posttrain.decoding.guide import load_guide
 from posttrain.errors import UserError
 from posttrain.models.load import TINY, load_model
 from posttrain.pipelines.rollout import RolloutConfig, rollout
 from posttrain.pipelines.value_training import ValueTraining, train_value
 from posttrain.rollouts.collect import reserved
-from posttrain.rollouts.engine import Sampling
+from posttrain.rollouts.engine import Request, Sampling
+from posttrain.rollouts.transformers import TransformersEngine
 
 CONFIG = ValueTraining(layers=1, learning_rate=1e-3, epochs=1, batch_size=16, eval_fraction=0.3)
 
@@ -40,6 +42,18 @@ def test_a_base_with_other_weights_is_another_training(policy, table, tmp_path):
     save_file({**weights, name: weights[name] * 1.5}, base / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="value: .* was trained on other completions or with other settings"):
         train_value(policy, [table], config, tmp_path / "value")
+
+
+@pytest.mark.parametrize("changes", [{"atoms": (0.0, 0.5, 1.0)}, {"head": "q", "lora_rank": 4}])
+def test_histograms_and_adapters_become_guides(policy, table, tmp_path, changes):
+    made = train_value(policy, [table], replace(CONFIG, **changes), tmp_path / "value")
+    guide = load_guide(tmp_path / "value", policy)
+    assert guide.value.config.atoms == (list(changes["atoms"]) if "atoms" in changes else None)
+    assert made["metrics"]["auc"] > 0.5
+    prompt = tuple(table.column("prompt_ids")[0])
+    engine = TransformersEngine(policy.model, policy.tokenizer, fingerprint=policy.fingerprint, guide=guide)
+    (done,) = engine.generate([Request(0, prompt, Sampling(max_tokens=24), beta=0.1)])
+    assert 0 < done.kl < float("inf")
 
 
 def test_completions_that_all_fail_leave_some_metrics_out(policy, tmp_path):
