@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from posttrain.cli.tables import print_arms
+    from posttrain.cli.tables import print_arms, print_differences
     from posttrain.config import build, read_yaml
     from posttrain.errors import UserError
     from posttrain.pipelines import qsharp
@@ -39,4 +39,5 @@ def run(args: argparse.Namespace) -> None:
     lead = f"Every token is tilted by what {config.rounds} rounds of completions taught a value model ({config.value.head})."
     qsharp.publish(result, f"Q#: {config.model} on {config.data}", lead)
     print_arms(result.arms.values())
-    print(f"report: {config.out}/report.html\nguide: {config.out}/round-{config.rounds}/value")
+    print_differences(qsharp.comparisons({name: arm.per_problem for name, arm in result.arms.items()}))
+    print(f"report: {config.out}/report.html\nguide: {qsharp.guide_folder(config, config.rounds)}")

@@ -1,13 +1,14 @@
 """Tables for people, shared by the commands."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
     from posttrain.evaluation.arms import Arm
+    from posttrain.evaluation.intervals import Comparison
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -25,9 +26,14 @@ def percent_range(low: float, high: float) -> str:
     return f"{100 * low:.1f} - {100 * high:.1f}"
 
 
-def points(paired: Mapping[str, Any]) -> tuple[str, str]:
-    """Of a paired comparison's `difference`, `low` and `high`: percentage points, and their interval."""
-    return f"{100 * paired['difference']:+.2f}", f"{100 * paired['low']:+.2f} to {100 * paired['high']:+.2f}"
+def points(paired: "Comparison") -> tuple[str, str]:
+    """The difference in percentage points, and its interval."""
+    return f"{100 * paired.difference:+.2f}", f"{100 * paired.low:+.2f} to {100 * paired.high:+.2f}"
+
+
+def print_differences(differences: Mapping[str, "Comparison"]) -> None:
+    rows = [(name, *points(paired), f"{paired.p_value:.2g}") for name, paired in differences.items()]
+    print_table(("difference, paired by problem", "points", "95 % interval", "p"), rows)
 
 
 def print_arms(arms: Iterable["Arm"]) -> None:

@@ -7,6 +7,7 @@ half the sampling. A later round rolls in with the guided policy, cuts, rolls ou
     round-N/rollin/         (N > 1) completions of the policy that round N - 1 guides
     round-N/rollouts/       (N > 1) those, cut and completed by pi_ref
     round-N/value/          the value model
+    round-N/history/        (`history` > 1) the mean of the last rounds' value models, which is then what guides
     test/, guided/NAME/     what is measured: pi_ref, and guided policies
     summary.json, report.html
 
@@ -16,11 +17,14 @@ evaluates, and all train.
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+from numpy.typing import ArrayLike
 
 from posttrain.config import within
 from posttrain.decoding.guidance import Guidance
@@ -29,11 +33,12 @@ from posttrain.decoding.reward_model import token_values, value_scores
 from posttrain.decoding.vllm import VLLMGuide, load_vllm_guide
 from posttrain.errors import UserError
 from posttrain.evaluation.arms import Arm, policy_arm, reranked_arm, sampled_arms, weighted_vote_arm
-from posttrain.evaluation.intervals import mean_interval
+from posttrain.evaluation.intervals import Comparison, mean_interval, paired_comparison
 from posttrain.evaluation.plots import frontier, length_histogram
 from posttrain.evaluation.report import SHOWN, Figure, TokenValues, write_report
 from posttrain.models.load import Policy, load_model
-from posttrain.models.value import base_fingerprint
+from posttrain.models.value import average_heads, base_fingerprint, read_value_model
+from posttrain.objectives.qsharp import history_weights
 from posttrain.pipelines.engines import EngineName, Sampler
 from posttrain.pipelines.ranks import Ranks
 from posttrain.pipelines.rollout import RolloutConfig, check_overlap, lengths_by_verdict, rollout
@@ -68,6 +73,10 @@ class QSharpConfig:
     train_prompts: int = field(default=300, metadata={"help": "how many of them"})
     train_samples: int = field(default=8, metadata={"help": "completions of pi_ref per training prompt, round one"})
     rounds: int = field(default=2, metadata={"help": "rounds of collecting and training"})
+    history: int = field(
+        default=1,
+        metadata={"help": "value models of so many last rounds guide, by their mean; more than 1: head shared"},
+    )
     rollin_samples: int = field(default=4, metadata={"help": "completions per training prompt in each later round"})
     test_data: str | None = field(default=None, metadata={"help": "what guidance is measured on; default: data"})
     test_split: str = field(default="test", metadata={"help": "where guidance is measured"})
@@ -95,9 +104,13 @@ class QSharpConfig:
         for name in ("train_prompts", "train_samples", "test_prompts", "k"):
             if getattr(self, name) < 2:
                 raise UserError(f"{name}: must be at least 2, got {getattr(self, name)}")
-        for name in ("rounds", "rollin_samples", "guided_samples"):
+        for name in ("rounds", "history", "rollin_samples", "guided_samples"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        if self.history > 1 and self.value.head != "shared":
+            raise UserError(
+                f"history: value.head is {self.value.head}, and only shared heads can be averaged; leave history out"
+            )
         for beta in (self.beta, *self.sweep):
             if not LEAST_BETA <= beta < math.inf:
                 raise UserError(f"beta: must be at least {LEAST_BETA:g} and finite, got {beta}")
@@ -217,9 +230,18 @@ class Work:
         return load_vllm_guide(self._value(number), self.policy, replace(self.config.guidance, law=law))
 
     def _value(self, number: int) -> Path:
+        """What guides after a round."""
         folder = self.out / f"round-{number}" / "value"
         if not (folder / MADE_BY).is_file():  # written last: without it the training was interrupted
             raise UserError(f"stage: round {number} has no value model in {folder}; train it first (--stage train)")
+        return folder if guide_folder(self.config, number) == folder else self._average(number)
+
+    def _average(self, number: int) -> Path:
+        """The mean of a round's value model and those before it, made anew: it costs nothing."""
+        rounds = range(number, max(number - self.config.history, 0), -1)
+        values = [read_value_model(self.out / f"round-{each}" / "value", self.policy) for each in rounds]
+        folder = guide_folder(self.config, number)
+        average_heads(values, history_weights(len(values))).save_pretrained(folder)
         return folder
 
     def _completions(self, number: int) -> Path:
@@ -385,11 +407,18 @@ class Work:
         )
 
 
+def guide_folder(config: QSharpConfig, number: int) -> Path:
+    """What guides after a round."""
+    return Path(config.out) / f"round-{number}" / ("value" if min(config.history, number) == 1 else "history")
+
+
 def publish(result: QSharpRun, title: str, lead: str) -> None:
     """`summary.json` and `report.html` in the run's folder."""
     out = Path(result.config.out)
     summary = {name: arm.summary() for name, arm in result.arms.items()}
-    write_json(out / "summary.json", {"arms": summary, "frontier": result.points, "manifest": result.manifest})
+    paired = comparisons({name: arm.per_problem for name, arm in result.arms.items()})
+    made = {"arms": summary, "comparisons": paired, "frontier": result.points, "manifest": result.manifest}
+    write_json(out / "summary.json", made)
     write_report(
         out / "report.html",
         title=title,
@@ -402,6 +431,15 @@ def publish(result: QSharpRun, title: str, lead: str) -> None:
         manifest=result.manifest,
         values=result.values,
     )
+
+
+def comparisons(scores: Mapping[str, ArrayLike]) -> dict[str, Comparison]:
+    """The last round, one sample each, against the model, its votes, CD at the same KL and the round before; scores: of every
+    arm by problem [prompts]."""
+    rounds = [name for name in scores if re.fullmatch(r"qsharp(_\d+)?", name)]
+    last, *before = reversed(rounds)
+    others = ("base", "majority", "cd", *before[:1])
+    return {f"{last} - {other}": paired_comparison(scores[last], scores[other]) for other in others}
 
 
 def figures(result: QSharpRun) -> list[Figure]:

@@ -94,7 +94,7 @@ def figures(arms: Mapping[str, Result]) -> dict[str, dict[str, Any]]:
         if name != "base":
             row["removed"] = plain(removed(arm.lengths, arms["base"].lengths))
         if "grpo" in arms and name not in ("base", "grpo"):
-            row["difference"] = plain(paired_comparison(arm.accuracy, arms["grpo"].accuracy))
+            row["difference"] = paired_comparison(arm.accuracy, arms["grpo"].accuracy)
     return found
 
 

@@ -8,7 +8,6 @@ its own; a difference is paired by problem. How far trainings of different seeds
 """
 
 import argparse
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,13 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from posttrain.cli.tables import percent_range, points, print_table
+from posttrain.cli.tables import percent_range, print_differences, print_table
 from posttrain.config import build, read_yaml
 from posttrain.evaluation.arms import Arm
-from posttrain.evaluation.intervals import mean_interval, paired_comparison
+from posttrain.evaluation.intervals import mean_interval
 from posttrain.models.value import read_value_model
-from posttrain.pipelines.qsharp import QSharpConfig, QSharpRun, publish, run
-from posttrain.provenance import plain, write_json
+from posttrain.pipelines.qsharp import QSharpConfig, QSharpRun, comparisons, guide_folder, publish, run
+from posttrain.provenance import write_json
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def measure(arms: Mapping[str, Arm]) -> dict[str, Result]:
 
 def parameters(result: QSharpRun) -> dict[str, int]:
     """How many the policy and the value model have."""
-    folder = Path(result.config.out) / f"round-{result.config.rounds}" / "value"
+    folder = guide_folder(result.config, result.config.rounds)
     models = {"policy": result.policy.model, "value": read_value_model(folder, result.policy)}
     return {name: sum(weights.numel() for weights in model.parameters()) for name, model in models.items()}
 
@@ -77,18 +76,13 @@ def pooled(results: Sequence[Result]) -> Result:
 
 
 def figures(arms: Mapping[str, Result]) -> dict[str, Any]:
-    """arms: accuracy, interval and KL; differences: of the last round to the model, its votes, CD and the round before."""
-    rounds = [name for name in arms if re.fullmatch(r"qsharp(_\d+)?", name)]
-    last, *before = reversed(rounds)
+    """arms: accuracy, interval and KL; differences: of the last round to what it is measured against."""
     return {
         "arms": {
             name: {"accuracy": float(arm.accuracy.mean()), "interval": mean_interval(arm.accuracy), "kl": arm.kl}
             for name, arm in arms.items()
         },
-        "differences": {
-            f"{last} - {other}": plain(paired_comparison(arms[last].accuracy, arms[other].accuracy))
-            for other in ("base", "majority", "cd", *before[:1])
-        },
+        "differences": comparisons({name: arm.accuracy for name, arm in arms.items()}),
     }
 
 
@@ -104,8 +98,7 @@ def print_study(found: Mapping[str, Mapping[str, Any]]) -> None:
             for name, arm in of_seed["arms"].items()
         ]
         print_table((f"seed {seed}", "accuracy", "95 % interval", "KL, nats"), rows)
-        rows = [(name, *points(paired), f"{paired['p_value']:.2g}") for name, paired in of_seed["differences"].items()]
-        print_table((f"seed {seed}", "points", "95 % interval, paired", "p"), rows)
+        print_differences(of_seed["differences"])
         print()
     sizes = next(iter(found.values()))["parameters"]
     print(f"parameters: policy {sizes['policy']}, value model {sizes['value']}")

@@ -54,6 +54,9 @@ def test_every_arm_is_measured(finished):
     qsharp.publish(result, "a title", "a lead")
     summary = json.loads((out / "summary.json").read_text())
     assert summary["arms"]["qsharp"]["accuracy"] == result.arms["qsharp"].accuracy
+    gain = summary["comparisons"]["qsharp_2 - base"]
+    assert gain["problems"] == SMALL.test_prompts and gain["low"] <= gain["difference"] <= gain["high"]
+    assert gain["difference"] == pytest.approx(result.arms["qsharp_2"].accuracy - result.arms["base"].accuracy)
     page = (out / "report.html").read_text()
     assert page.count("<svg") == 2 and "KL, nats" in page
 
@@ -147,6 +150,18 @@ def test_stages_alone_make_what_the_whole_run_makes(finished, tmp_path):
     assert (tmp_path / "run" / weights).read_bytes() == (out / weights).read_bytes()
 
 
+def test_the_mean_of_the_last_rounds_guides(finished, tmp_path):
+    """The value models are what they were; what guides the last round, and is measured, is their mean."""
+    out, result, _ = finished
+    shutil.copytree(out, tmp_path / "run", ignore=shutil.ignore_patterns("guided"))
+    config = replace(SMALL, out=str(tmp_path / "run"), history=2)
+    averaged = run(config, "evaluate", say=lambda _: None)
+    work = Work(config, say=lambda _: None)
+    assert work.guide(2).value.config.width == 2 * work.guide(1).value.config.width
+    assert set(averaged.guided.column("guide")) == {work.guide(2).name} != set(result.guided.column("guide"))
+    assert averaged.arms["qsharp"].accuracy == result.arms["qsharp"].accuracy
+
+
 def test_a_value_model_of_other_settings_is_not_overwritten(finished, tmp_path):
     out, _, _ = finished
     shutil.copytree(out, tmp_path / "run")
@@ -161,6 +176,8 @@ def test_a_value_model_of_other_settings_is_not_overwritten(finished, tmp_path):
         ({"beta": 0.0}, "beta: must be at least 1e-09 and finite, got 0.0"),
         ({"sweep": (0.1, -1.0)}, "beta: must be at least 1e-09 and finite, got -1.0"),
         ({"rounds": 0}, "rounds: must be at least 1, got 0"),
+        ({"history": 0}, "history: must be at least 1, got 0"),
+        ({"history": 2, "value": ValueTraining(head="v")}, "history: value.head is v, and only shared heads"),
         ({"test_split": "train"}, "test_split: train is the training split too"),
     ],
 )
