@@ -6,21 +6,19 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from posttrain.cli.tables import print_arms
 from posttrain.config import build, read_yaml
 from posttrain.errors import UserError
-from posttrain.evaluation.metrics import paired_comparison
 from posttrain.pipelines import qsharp
 from posttrain.pipelines.pipeline import stages_of
 from posttrain.pipelines.qsharp import QSharpConfig, Work, run
 from posttrain.pipelines.recipe import read
 from posttrain.pipelines.value_training import ValueTraining, last_checkpoint
 from posttrain.rollouts.table import read_table
+from recipes.qsharp.study import print_study, study
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "qsharp"
 SMALL = QSharpConfig(
@@ -203,24 +201,21 @@ def test_other_test_data(tmp_path):
         Work(replace(SMALL, **files, test_data=str(tmp_path / "both.jsonl")), say=lambda _: None)
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(5400)
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_guidance_raises_accuracy_and_cd_does_not_do_more_with_its_kl(tmp_path, seed):
-    """500 test problems, two samples each at temperature 1, the recipe of the demo (`pytest -s` prints the tables)."""
+def test_guidance_raises_accuracy_and_cd_does_not_do_more_with_its_kl(tmp_path):
+    """500 test problems in each of three seeds, two samples each at temperature 1, the recipe of the demo (`pytest -s` prints the
+    tables)."""
     (value,) = (each.config.value for each in stages_of(read("pipeline/demo").config) if each.method == "qsharp")
-    config = QSharpConfig(out=str(tmp_path / "run"), seed=seed, guided_samples=2, shard_prompts=100, value=value)
-    work = Work(config, say=lambda _: None)
-    result = run(config, say=lambda _: None)
-    print_arms(result.arms.values())
-    base, one, two, cd = (result.arms[name] for name in ("base", "qsharp", "qsharp_2", "cd"))
-    assert two.accuracy > base.accuracy + 0.25
-    assert two.accuracy > result.arms["majority"].accuracy
-    for better, worse in ((two, one), (two, cd)):
-        difference = paired_comparison(better.per_problem, worse.per_problem)
-        assert difference.low > -0.02, f"{better.title} - {worse.title}: {difference}"
-    assert cd.measures["kl"] == pytest.approx(two.measures["kl"], rel=0.15)
-    learned = work.guide(2).value
-    policy = work.policy.model
-    assert sum(p.numel() for p in learned.parameters()) <= sum(p.numel() for p in policy.parameters())
-    assert np.isfinite(two.measures["kl"])
+    config = QSharpConfig(out=str(tmp_path), guided_samples=2, shard_prompts=100, value=value)
+    found = study(config, (0, 1, 2), tmp_path)
+    print_study(found)
+    for of_seed in found.values():
+        gains = of_seed["differences"]
+        assert gains["qsharp_2 - base"].difference > 0.25
+        assert gains["qsharp_2 - majority"].difference > 0
+        kl = {name: of_seed["arms"][name]["kl"] for name in ("qsharp_2", "cd")}
+        assert kl["cd"] == pytest.approx(kl["qsharp_2"], rel=0.15)
+        assert of_seed["parameters"]["value"] <= of_seed["parameters"]["policy"]
+    for other in ("qsharp", "cd"):  # over all seeds: one training, of 270 prompts, may be a point or two off
+        assert found["all"]["differences"][f"qsharp_2 - {other}"].low > -0.02
