@@ -48,7 +48,8 @@ class Ranks:
             raise UserError(f"device: {device} would be that of all {self.count} processes; leave it out, or give cpu")
         from accelerate import PartialState
 
-        device = str(PartialState(cpu=self.use_cpu).device)
+        # DeepSpeed finds its device by itself; a `cpu` would hide it here, but not from transformers' TrainingArguments.
+        device = str(PartialState(cpu=self.device == "cpu" and not self.deepspeed).device)
         self.device = "cpu" if device.startswith("cpu") else device  # accelerate numbers processors too
         self._waiting = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 
@@ -58,8 +59,8 @@ class Ranks:
 
     @property
     def use_cpu(self) -> bool:
-        """What transformers' TrainingArguments are to be told. DeepSpeed finds its device by itself; this would hide it."""
-        return self.device == "cpu" and not self.deepspeed
+        """What transformers' TrainingArguments are to be told, under DeepSpeed too: only then are there several processes."""
+        return self.device == "cpu"
 
     @property
     def launch(self) -> list[Any]:
