@@ -199,6 +199,8 @@ def run(config: DQORunConfig, say: Callable[[str], None] = print, tables_in: Pat
     collected = (tables_in or out) / "train"
     collect = _collection(config, test_rows, collected, say)
     policy = load_model(config.model, ranks.device, "float32") if ranks.first else load_tokenizer(config.model)
+    if config.training.probe:
+        Probe.from_pretrained(config.training.probe, policy.fingerprint)  # refused now, not after hours of sampling
     ranks.alone(lambda: collect(policy))
     table = read_table(_named_table(config) or collected)
     with reserved(out / "policy") if ranks.first else nullcontext():

@@ -143,3 +143,10 @@ def test_a_policy_is_trained_by_one_process_at_a_time(finished):
 def test_a_mistake_in_the_training_is_named_as_in_the_configuration(training, message):
     with pytest.raises(UserError, match=message):
         build(DQORunConfig, {"out": "x", "training": training})
+
+
+def test_a_probe_that_is_not_there_is_refused_before_anything_is_sampled(tmp_path):
+    config = replace(SMALL, out=str(tmp_path / "run"), training=DQOTraining(probe=str(tmp_path / "nowhere")))
+    with pytest.raises(UserError, match="probe: .*nowhere has no config.json"):
+        run(config, say=lambda _: None)
+    assert not (tmp_path / "run").exists()
