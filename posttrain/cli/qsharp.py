@@ -6,6 +6,7 @@ runs one stage alone. Every field of the configuration: posttrain.pipelines.qsha
 """
 
 import argparse
+from pathlib import Path
 
 from posttrain.cli.engines import add_engine_arguments
 from posttrain.record import REPORT_TO, begin
@@ -40,4 +41,5 @@ def run(args: argparse.Namespace) -> None:
     qsharp.publish(result, f"Q#: {config.model} on {config.data}", lead)
     print_arms(result.arms.values())
     print_differences(qsharp.comparisons({name: arm.per_problem for name, arm in result.arms.items()}))
-    print(f"report: {config.out}/report.html\nguide: {qsharp.guide_folder(config, config.rounds)}")
+    guide = qsharp.guide_folder(Path(config.out), config.history, config.rounds)
+    print(f"report: {config.out}/report.html\nguide: {guide}")

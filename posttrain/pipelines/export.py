@@ -26,6 +26,7 @@ from posttrain.models.load import FINGERPRINTED, model_fingerprint, model_folder
 from posttrain.models.probe import Probe
 from posttrain.models.value import ValueModelConfig, value_fingerprint
 from posttrain.pipelines.pipeline import STAGE
+from posttrain.pipelines.qsharp import guide_folder
 from posttrain.provenance import hash_files, versions, write_json
 from posttrain.rollouts.collect import check_folder
 
@@ -143,7 +144,7 @@ def _kind(folder: Path) -> str:
 def _find_of_run(folder: Path, found: Found) -> None:
     """Of a trained policy itself; of a value model or a probe also the policy that it is for."""
     before = {kind: len(paths) for kind, paths in found.parts.items()}
-    stages = {path.parent: json.loads(path.read_text(encoding="utf-8"))["config"] for path in folder.glob(f"*/{STAGE}")}
+    stages = dict(_stages(folder))
     if not stages:
         _find_made(folder, _config(folder), found)
     for trained in (
@@ -164,6 +165,14 @@ def _find_of_run(folder: Path, found: Found) -> None:
         found.own = next((arm.title for arm in reversed(measured.arms) if OWN.fullmatch(arm.name)), found.own)
 
 
+def _stages(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """A pipeline's, and their configurations, but for those that it has set aside under their old fingerprints."""
+    for path in folder.glob(f"*/{STAGE}"):
+        made = json.loads(path.read_text(encoding="utf-8"))
+        if not path.parent.name.endswith(f"-{made['key'][:12]}"):
+            yield path.parent, made["config"]
+
+
 def _config(folder: Path) -> dict[str, Any]:
     """Of a run, or of a pipeline's stage."""
     if (folder / STAGE).is_file():
@@ -175,7 +184,8 @@ def _find_made(folder: Path, config: dict[str, Any], found: Found, trained: bool
     """trained: policies too."""
     rounds = sorted(folder.glob("round-*/value/made_by.json"), key=lambda path: int(path.parents[1].name[6:]))
     if rounds:
-        found.parts[VALUE].append(rounds[-1].parent)
+        number = int(rounds[-1].parents[1].name[6:])
+        found.parts[VALUE].append(guide_folder(folder, config.get("history", 1), number))
         found.methods.append("Q#")
         found.guidance = {"beta": config.get("beta"), "guidance": config.get("guidance") or {}}
     if (folder / PROBE / "config.json").is_file():

@@ -234,13 +234,13 @@ class Work:
         folder = self.out / f"round-{number}" / "value"
         if not (folder / MADE_BY).is_file():  # written last: without it the training was interrupted
             raise UserError(f"stage: round {number} has no value model in {folder}; train it first (--stage train)")
-        return folder if guide_folder(self.config, number) == folder else self._average(number)
+        return folder if guide_folder(self.out, self.config.history, number) == folder else self._average(number)
 
     def _average(self, number: int) -> Path:
         """The mean of a round's value model and those before it, made anew: it costs nothing."""
         rounds = range(number, max(number - self.config.history, 0), -1)
         values = [read_value_model(self.out / f"round-{each}" / "value", self.policy) for each in rounds]
-        folder = guide_folder(self.config, number)
+        folder = guide_folder(self.out, self.config.history, number)
         average_heads(values, history_weights(len(values))).save_pretrained(folder)
         return folder
 
@@ -407,9 +407,9 @@ class Work:
         )
 
 
-def guide_folder(config: QSharpConfig, number: int) -> Path:
-    """What guides after a round."""
-    return Path(config.out) / f"round-{number}" / ("value" if min(config.history, number) == 1 else "history")
+def guide_folder(run: Path, history: int, number: int) -> Path:
+    """What guides after a round of a run in that folder."""
+    return run / f"round-{number}" / ("value" if min(history, number) == 1 else "history")
 
 
 def publish(result: QSharpRun, title: str, lead: str) -> None:

@@ -64,7 +64,7 @@ def measure(arms: Mapping[str, Arm]) -> dict[str, Result]:
 
 def parameters(result: QSharpRun) -> dict[str, int]:
     """How many the policy and the value model have."""
-    folder = guide_folder(result.config, result.config.rounds)
+    folder = guide_folder(Path(result.config.out), result.config.history, result.config.rounds)
     models = {"policy": result.policy.model, "value": read_value_model(folder, result.policy)}
     return {name: sum(weights.numel() for weights in model.parameters()) for name, model in models.items()}
 

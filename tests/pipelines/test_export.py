@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from posttrain.errors import UserError
 from posttrain.models.features import FeatureSpec
 from posttrain.models.load import load_model, model_fingerprint
 from posttrain.models.probe import Probe, ProbeCard
-from posttrain.models.value import ValueModel, new_value_model
+from posttrain.models.value import ValueModel, new_value_model, value_fingerprint
 from posttrain.pipelines.export import export
 from tests.evaluation.recorded import arm, arms, page
 
@@ -108,14 +109,30 @@ def test_a_stage_of_a_pipeline_and_the_whole_of_it(runs, tmp_path):
         stage.parent.mkdir(exist_ok=True)
         stage.symlink_to(runs / run)
     for run in ("guided", "probed"):
-        (runs / run / "stage.json").write_text(json.dumps({"config": {"model": "tiny", "beta": 0.3}}))
+        (runs / run / "stage.json").write_text(
+            json.dumps({"key": "0123456789abcdef", "config": {"model": "tiny", "beta": 0.3}})
+        )
     (pipeline / "config.yaml").write_text(yaml.safe_dump({"model": "tiny", "stages": []}))
     try:
         assert {"value/config.json", "probe/config.json"} <= set(export([str(pipeline)], tmp_path / "all"))
         assert "probe/config.json" not in export([str(pipeline / "qsharp")], tmp_path / "one")
+        aside = pipeline / "qsharp-aaaaaaaaaaaa"  # of other settings, once
+        shutil.copytree(runs / "guided", aside)
+        (aside / "stage.json").write_text(json.dumps({"key": 16 * "a", "config": {"model": "tiny", "beta": 0.7}}))
+        export([str(pipeline)], tmp_path / "again")
+        assert json.loads((tmp_path / "again" / "posttrain.json").read_text())["beta"] == 0.3
     finally:
         for run in ("guided", "probed"):
             (runs / run / "stage.json").unlink()
+
+
+def test_where_rounds_are_averaged_their_mean_is_what_guides(runs, tmp_path):
+    shutil.copytree(runs / "guided", tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump({"model": "tiny", "history": 2}))
+    mean = tmp_path / "run" / "round-10" / "history"
+    new_value_model(load_model("tiny", "cpu", "float32"), "shared", zero_init=False).save_pretrained(mean)
+    export([str(tmp_path / "run")], tmp_path / "out")
+    assert value_fingerprint(tmp_path / "out" / "value") == value_fingerprint(mean)
 
 
 def test_what_does_not_go_together_is_one_line(runs, exported, tmp_path):
