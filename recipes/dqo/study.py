@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from posttrain.cli.tables import percent_range, points, print_table
 from posttrain.errors import UserError
 from posttrain.evaluation.intervals import mean_interval, paired_comparison, paired_ratio
-from posttrain.provenance import plain, write_json
+from posttrain.provenance import write_json
 from posttrain.rollouts.table import read_table
 
 COLUMNS = (
@@ -92,7 +92,7 @@ def figures(arms: Mapping[str, Result]) -> dict[str, dict[str, Any]]:
         if name != "base":
             row["ratio"] = paired_ratio(arm.tokens, arms["base"].tokens)
         if name != "dqo":
-            row["gain"] = plain(paired_comparison(arms["dqo"].accuracy, arm.accuracy))
+            row["gain"] = paired_comparison(arms["dqo"].accuracy, arm.accuracy)
     return found
 
 
@@ -103,7 +103,7 @@ def cells(seed: str, arm: str, row: Mapping[str, Any]) -> list[str]:
         shown += [f"{ratio:.3f}", f"{low:.3f} - {high:.3f}"]
     else:
         shown += ["", ""]
-    return shown + ([*points(row["gain"]), f"{row['gain']['p_value']:.2g}"] if "gain" in row else [""] * 3)
+    return shown + ([*points(row["gain"]), f"{row['gain'].p_value:.2g}"] if "gain" in row else [""] * 3)
 
 
 if __name__ == "__main__":

@@ -79,8 +79,8 @@ def test_the_study_pools_the_problems_of_all_seeds(finished, tmp_path):
         assert row["accuracy"] == pytest.approx(result.arms[name].accuracy)
         assert row["tokens"] == pytest.approx(result.arms[name].tokens)
         if name != "dqo":
-            assert row["gain"]["difference"] == pytest.approx(result.arms["dqo"].accuracy - row["accuracy"])
-            assert row["gain"]["problems"] == 2 * SMALL.test_prompts
+            assert row["gain"].difference == pytest.approx(result.arms["dqo"].accuracy - row["accuracy"])
+            assert row["gain"].problems == 2 * SMALL.test_prompts
         assert len(study.cells("all", name, row)) == len(study.COLUMNS)
     assert found["all"]["dqo"]["ratio"][0] == pytest.approx(result.arms["dqo"].tokens / result.arms["base"].tokens)
 
