@@ -134,7 +134,7 @@ def test_rerank_by_a_guide_keeps_what_its_value_model_expects_most_of(http, serv
     prompt = tuple(render(catalogue.policy.tokenizer, MESSAGES))
     rows = [(prompt, ids_of(catalogue, one)) for one in samples]
     scores = value_scores(catalogue.guides[guide].value, rows, catalogue.policy.model).tolist()
-    assert told["rerank"]["scores"] == pytest.approx(scores, abs=1e-4) and len(set(scores)) > 2
+    assert told["rerank"]["scores"] == pytest.approx(scores, abs=1e-4) and len(set(scores)) > 1
     best = scores.index(max(scores))
     assert told["rerank"]["chosen"] == best and told["rerank"]["guide"] == guide and "probe" not in told["rerank"]
     assert [choice["message"] for choice in told["choices"]] == [samples[best]["message"]]
