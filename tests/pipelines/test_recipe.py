@@ -120,7 +120,7 @@ def test_a_file_that_is_no_recipe_is_refused(text, message, tmp_path):
 
 
 def test_a_name_that_is_none_gets_a_suggestion():
-    with pytest.raises(UserError, match=r"did you mean dqo/gemma_7b_gsm8k\?"):
+    with pytest.raises(UserError, match=r"did you mean dqo/gemma_7b_math\?"):
         read("dqo/gemma_7b")
     with pytest.raises(UserError, match="no recipe or file accelerate/zero3"):
         read("accelerate/zero3")
