@@ -117,12 +117,12 @@ def _vllm(
     from posttrain.rollouts.vllm import VLLMEngine
     from posttrain.serving.catalogue import Catalogue
 
-    # In a process of its own, as in vLLM's own server: this one is busy with its clients.
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    signal.signal(signal.SIGTERM, _interrupt)  # or that process would outlive this one
     policy, guidance = load_tokenizer(args.model), Guidance(candidates=args.candidates)
     served = {name: load_vllm_guide(folder, policy, guidance) for name, folder in guides.items()}
     heads = {name: Probe.from_pretrained(folder, policy.fingerprint) for name, folder in probes.items()}
+    # In a process of its own, as in vLLM's own server: this one is busy with its clients.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    signal.signal(signal.SIGTERM, _interrupt)  # or that process would outlive this one
     engine = stack.enter_context(
         VLLMEngine(
             model_folder(args.model),
