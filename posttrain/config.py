@@ -98,13 +98,13 @@ def _convert(hint: Any, value: Any, field: str) -> Any:
         if not isinstance(value, dict):
             raise UserError(f"{field}: must be a mapping, got {value!r}")
         return _build(hint, value, f"{field}.")
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str):  # YAML 1.1 reads 5e-5 as a string
+    if hint is float:
         try:
-            return float(value)
-        except ValueError:
-            raise UserError(f"{field}: must be a number, got {value!r}") from None
+            if not isinstance(value, bool):
+                return float(value)  # of a string too: YAML 1.1 reads 5e-5 as one
+        except (TypeError, ValueError, OverflowError):
+            pass
+        raise UserError(f"{field}: must be a number, got {value!r}")
     if hint in (int, str, bool) and (type(value) is not hint):
         raise UserError(f"{field}: must be of type {hint.__name__}, got {value!r}")
     return value

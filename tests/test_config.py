@@ -65,7 +65,10 @@ def test_yaml_exponents_are_numbers(tmp_path):
         ({"name": "x", "layers": [1, "2"]}, r"layers\[1\]: must be of type int"),
         ({"name": "x", "inner": {"rte": 1}}, r"inner.rte: unknown field \(did you mean rate\?\)"),
         ({"name": "x", "inner": 1}, "inner: must be a mapping"),
-        ({"name": "x", "inner": {"rate": "fast"}}, "inner.rate: must be a number"),
+        *[
+            ({"name": "x", "inner": {"rate": rate}}, "inner.rate: must be a number")
+            for rate in ("fast", True, [1.0], {}, None)
+        ],
     ],
 )
 def test_errors_name_the_field(values, message):
