@@ -9,6 +9,7 @@
 
 import json
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,23 @@ from posttrain.decoding.guide import ValueGuide, load_guide
 from posttrain.errors import UserError
 from posttrain.models.load import Policy, load_model
 from posttrain.rollouts.collect import completion_seed
-from posttrain.rollouts.engine import Request, Sampling
+from posttrain.rollouts.engine import LEAST_BETA, Request, Sampling
 from posttrain.rollouts.transformers import TransformersEngine
 
 VALUE, SETTINGS = "value", "posttrain.json"
 BETA = 0.1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What SETTINGS says of guidance. Errors: UserError for a beta that is out of range."""
+
+    beta: float | None = None
+    guidance: Guidance = field(default_factory=Guidance)
+
+    def __post_init__(self) -> None:
+        if self.beta is not None and not self.beta >= LEAST_BETA:
+            raise UserError(f"beta: must be at least {LEAST_BETA:g} (infinite: no tilt), got {self.beta}")
 
 
 class GuidedModel:
@@ -106,11 +119,12 @@ def load_guided(folder: str | Path, device: str | None = None, dtype: str | None
         raise UserError(
             f"guide: {folder} has no {VALUE}/; posttrain export RUN --out {folder}, of a run of posttrain qsharp"
         )
-    settings = read_settings(folder)
+    found = read_settings(folder)
     with within(f"{folder / SETTINGS}: "):
-        guidance = build(Guidance, settings.get("guidance", {}))
+        settings = build(Settings, {name: found[name] for name in ("beta", "guidance") if name in found})
     policy = load_model(str(folder), device, dtype)
-    return GuidedModel(policy, load_guide(folder / VALUE, policy, guidance), float(settings.get("beta") or BETA))
+    guide = load_guide(folder / VALUE, policy, settings.guidance)
+    return GuidedModel(policy, guide, BETA if settings.beta is None else settings.beta)
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

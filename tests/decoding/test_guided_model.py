@@ -1,6 +1,8 @@
 """A guided model's `generate` against the engine's ids and transformers' own `generate`."""
 
+import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -111,3 +113,32 @@ def test_what_does_not_fit_is_one_line(guided, batch, tmp_path):
             guided.generate(ids, **arguments)
     with pytest.raises(UserError, match="guide: .* has no value/; posttrain export RUN"):
         posttrain.load_guided(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("beta", "message"),
+    [
+        (0, "beta: must be at least 1e-09"),
+        (-0.1, "beta: must be at least 1e-09"),
+        (math.nan, "beta: must be at least 1e-09"),
+        ("much", "beta: must be a number, got 'much'"),
+        ([0.1], r"beta: must be a number, got \[0.1\]"),
+        (True, "beta: must be a number, got True"),
+    ],
+)
+def test_a_beta_of_the_folder_that_is_none_is_refused(guided, tmp_path, beta, message):
+    with pytest.raises(UserError, match=f"posttrain.json: {message}"):
+        posttrain.load_guided(with_beta(guided, tmp_path, beta), "cpu", "float32")
+
+
+@pytest.mark.parametrize(("beta", "expected"), [(None, 0.1), (0.3, 0.3), (math.inf, math.inf)])
+def test_the_folder_says_its_beta(guided, tmp_path, beta, expected):
+    assert posttrain.load_guided(with_beta(guided, tmp_path, beta), "cpu", "float32").beta == expected
+
+
+def with_beta(guided, folder, beta):
+    """The exported folder, but for what it says of beta."""
+    copied = shutil.copytree(guided.policy.name, folder / "copy")
+    settings = json.loads((copied / "posttrain.json").read_text())
+    (copied / "posttrain.json").write_text(json.dumps({**settings, "beta": beta}))
+    return copied
