@@ -17,13 +17,22 @@ from posttrain.objectives.qsharp import expected_return
 
 
 def value_scores(value: ValueModel, rows: Sequence[Row], policy: Any, batch_tokens: int = 8192) -> Tensor:
-    """Expected returns, float32 [rows], of (prompt ids, completion ids). policy: the model that a shared head reads."""
-    return torch.tensor([values[-1] for values in token_values(value, rows, policy, batch_tokens)])
+    """Expected returns, float32 [rows], of (prompt ids, completion ids); of an empty completion, after its prompt.
+
+    policy: the model that a shared head reads.
+    """
+    return torch.tensor([values[-1] for values in _prefix_values(value, rows, policy, batch_tokens)])
+
+
+def token_values(value: ValueModel, rows: Sequence[Row], policy: Any, batch_tokens: int = 8192) -> list[list[float]]:
+    """Expected returns after every token of the completions, [rows][tokens]; otherwise as `value_scores`."""
+    found = _prefix_values(value, rows, policy, batch_tokens)
+    return [values[len(prompt) :] for (prompt, _), values in zip(rows, found, strict=True)]
 
 
 @torch.inference_mode()
-def token_values(value: ValueModel, rows: Sequence[Row], policy: Any, batch_tokens: int = 8192) -> list[list[float]]:
-    """Expected returns after every token of the completions, [rows][tokens]; otherwise as `value_scores`."""
+def _prefix_values(value: ValueModel, rows: Sequence[Row], policy: Any, batch_tokens: int) -> list[list[float]]:
+    """The same after every token of prompt and completion."""
     device = policy.device
     trunk = policy.get_decoder() if value.config.head == "shared" else None
     sequences = [torch.tensor([*prompt, *completion]) for prompt, completion in rows]
@@ -36,5 +45,5 @@ def token_values(value: ValueModel, rows: Sequence[Row], policy: Any, batch_toke
         logits = value(ids, attention_mask=mask, trunk=trunk)
         returns = expected_return(logits.float(), value.atoms).tolist()
         for i, row in zip(batch, returns, strict=True):
-            found[i] = row[len(rows[i][0]) : lengths[i]]
+            found[i] = row[: lengths[i]]
     return found

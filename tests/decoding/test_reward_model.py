@@ -45,3 +45,13 @@ def test_the_last_token_has_a_say():
 
 def test_no_completion_has_no_score():
     assert value_scores(value_model("v"), [], build_model("llama")).shape == (0,)
+
+
+@pytest.mark.parametrize("head", ["v", "q", "shared"])
+def test_an_empty_completion_has_the_value_after_its_prompt(head):
+    policy, value = build_model("llama"), value_model(head)
+    rows = [((5, 9, 33), ()), ((5, 9), (33, 7)), ((5, 9), (33,))]
+    empty, other, same = value_scores(value, rows, policy)
+    torch.testing.assert_close(empty, same, atol=1e-5, rtol=1e-5)
+    assert abs(empty - other) > 1e-4
+    assert token_values(value, rows[:1], policy) == [[]]
