@@ -111,8 +111,8 @@ def _learn(
         start.model, start.tokenizer, examples_of([table], policy.fingerprint, weighted=False), settings, scratch, seed
     )
     say(f"{TITLES[method]} on {len(trainer.train_dataset)} {'pairs' if method == 'dpo' else 'completions'}")
-    follow(trainer, folder)
-    trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
+    with follow(trainer, folder):
+        trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
     rows = len(trainer.train_dataset)
     trainer.save_model(str(folder))
     if ranks.first:

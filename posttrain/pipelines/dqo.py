@@ -359,8 +359,8 @@ def _learn(
         peft_config=_lora(config.lora_rank),
         value_peft_config=_lora(config.value_lora_rank),
     )
-    follow(trainer, folder, SHOWN)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with follow(trainer, folder, SHOWN):
+        trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save(folder)
     release(trainer)
     log = [entry for entry in trainer.state.log_history if "loss" in entry]

@@ -18,8 +18,8 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -297,23 +297,21 @@ def _learn(
     launch = ranks.launch if ranks.deepspeed else []  # otherwise a checkpoint goes on in any number of processes
     scratch = folder.with_name(f"{folder.name}-checkpoints-{hash_json([key, *launch])[:12]}")
     start = load_model(policy.name, ranks.device, "float32")
-    rollouts = _rollouts(config, ranks.device == "cpu")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "You are using 'rollout_func'")
-        trainer = GRPOLambdaTrainer(
-            start.model,
-            correctness,
-            arguments(config, arm, scratch, ranks.use_cpu, ranks.count),
-            train_set,
-            eval_set if held_out else None,
-            processing_class=start.tokenizer,
-            peft_config=_adapter(config.training),
-            rollout_func=rollouts,
-        )
-    follow(trainer, folder)
-    trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
-    if config.engine == "service":
-        rollouts.close()
+    with _rollouts(config, ranks.device == "cpu") as rollouts:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "You are using 'rollout_func'")
+            trainer = GRPOLambdaTrainer(
+                start.model,
+                correctness,
+                arguments(config, arm, scratch, ranks.use_cpu, ranks.count),
+                train_set,
+                eval_set if held_out else None,
+                processing_class=start.tokenizer,
+                peft_config=_adapter(config.training),
+                rollout_func=rollouts,
+            )
+        with follow(trainer, folder):
+            trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
     # Of all ranks together, where each has but a part of the weights, whether or not the launcher thought of saving.
     whole = trainer.model_wrapped._zero3_consolidated_16bit_state_dict() if is_deepspeed_zero3_enabled() else None
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -440,17 +438,20 @@ def arguments(config: GRPOLambdaRunConfig, arm: str, folder: Path, use_cpu: bool
     return made
 
 
-def _rollouts(config: GRPOLambdaRunConfig, cpu: bool) -> Any:
+@contextmanager
+def _rollouts(config: GRPOLambdaRunConfig, cpu: bool) -> Iterator[Any]:
     """The service, or our engine on CPU; elsewhere, and with vLLM, TRL's own ways."""
     if config.engine == "service":
         from posttrain.trainers.service_rollouts import ServiceRollouts
 
-        return ServiceRollouts(config.urls, config.slots, os.environ.get(KEY))
-    if not cpu or config.training.trl.get("use_vllm"):
-        return None
-    from posttrain.trainers.engine_rollouts import engine_rollouts
+        with closing(ServiceRollouts(config.urls, config.slots, os.environ.get(KEY))) as service:
+            yield service
+    elif not cpu or config.training.trl.get("use_vllm"):
+        yield None
+    else:
+        from posttrain.trainers.engine_rollouts import engine_rollouts
 
-    return engine_rollouts(config.slots)
+        yield engine_rollouts(config.slots)
 
 
 def _adapter(config: GRPOLambdaTraining) -> Any:

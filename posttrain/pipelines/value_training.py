@@ -160,8 +160,8 @@ def _train(
         if config.lora_rank
         else None,
     )
-    follow(trainer, folder)
-    trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
+    with follow(trainer, folder):
+        trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
     metrics = {name.removeprefix("eval_"): float(number) for name, number in trainer.evaluate().items()}
     trainer.save(folder)
     release(trainer)

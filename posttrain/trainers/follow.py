@@ -2,8 +2,8 @@
 SIGTERM does to it."""
 
 import signal
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,21 +22,23 @@ TIMES = frozenset({"total_flos"})  # of the machine, not of the training
 LOSS = {"loss": "loss"}
 
 
-def follow(trainer: Any, folder: Path, shown: Mapping[str, str] = LOSS) -> None:
-    """Instead of the trainer's own ways to print. folder: what it makes, within the run's, which names its lines; shown: which of
-    what it logs stands beside the bar, and as what."""
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(_Progress(folder.name, shown))
-    trainer.add_callback(_Stop())
-    run = record.current()
-    if run is None:
-        return
-    events = run.folder / record.EVENTS / run.part(folder)
-    reports = [report() for report in get_reporting_integration_callbacks(list(run.report_to))]
-    trainer.add_callback(_Record(run, folder, events, reports))
-    for report in reports:
-        trainer.add_callback(report)
+@contextmanager
+def follow(trainer: Any, folder: Path, shown: Mapping[str, str] = LOSS) -> Iterator[None]:
+    """A training within it, instead of the trainer's own ways to print. folder: what it makes, within the run's, which names its
+    lines; shown: which of what it logs stands beside the bar, and as what."""
+    with ExitStack() as stack:  # a training that fails has no end of which a callback is told
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(_Progress(folder.name, shown, stack))
+        trainer.add_callback(_Stop(stack))
+        run = record.current()
+        if run is not None:
+            events = run.folder / record.EVENTS / run.part(folder)
+            reports = [report() for report in get_reporting_integration_callbacks(list(run.report_to))]
+            trainer.add_callback(_Record(run, folder, events, reports))
+            for report in reports:
+                trainer.add_callback(report)
+        yield
 
 
 class _Stop(TrainerCallback):
@@ -44,13 +46,14 @@ class _Stop(TrainerCallback):
     processes after the same step; a second SIGTERM ends the process at once. (transformers' own, enable_jit_checkpoint, saves
     in the middle of a step, each process when it likes, and ends as if the training were finished.)"""
 
-    def __init__(self) -> None:
+    def __init__(self, stack: ExitStack) -> None:
+        self.stack = stack
         self.asked = False
         self.before: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.asked = False
         self.before = signal.signal(signal.SIGTERM, self._ask)
+        self.stack.callback(signal.signal, signal.SIGTERM, self.before)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if args.world_size > 1:
@@ -61,7 +64,6 @@ class _Stop(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        signal.signal(signal.SIGTERM, self.before)
         if self.asked:
             raise Terminated
 
@@ -97,9 +99,8 @@ class _Record(TrainerCallback):
 class _Progress(TrainerCallback):
     """Steps, and some of what is logged."""
 
-    def __init__(self, title: str, shown: Mapping[str, str]) -> None:
-        self.title, self.shown = title, shown
-        self.stack = ExitStack()
+    def __init__(self, title: str, shown: Mapping[str, str], stack: ExitStack) -> None:
+        self.title, self.shown, self.stack = title, shown, stack
         self.bar = Bar()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -114,6 +115,3 @@ class _Progress(TrainerCallback):
         numbers = [f"{title} {logs[name]:.4g}" for name, title in self.shown.items() if logs and name in logs]
         if numbers:
             self.bar.advance(0, ", ".join(numbers))
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.stack.close()

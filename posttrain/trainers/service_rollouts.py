@@ -3,12 +3,15 @@
 TRL's own server mode hands weights over by NCCL, GPU to GPU; this one needs a folder that trainer and replicas both see.
 """
 
+import copy
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from trl.models import unwrap_model_for_generation
 
 from posttrain.data.prompts import Message
@@ -63,18 +66,17 @@ class ServiceRollouts:
 
 
 def save_merged(model: Any, folder: str) -> None:
-    """A model's weights as the architecture's own; an adapter is merged into them and taken out again."""
-    if not hasattr(model, "merge_adapter"):
+    """A model's weights as the architecture's own; an adapter is merged into copies of what it adapts."""
+    if not isinstance(model, PeftModel):
         model.save_pretrained(folder)
         return
-    model.merge_adapter()
-    try:
-        base = model.get_base_model()
-        weights = {
-            name.replace(".base_layer.", "."): weight
-            for name, weight in base.state_dict().items()
-            if ".lora_" not in name
-        }
-        base.save_pretrained(folder, state_dict=weights)
-    finally:
-        model.unmerge_adapter()
+    base: Any = model.get_base_model()
+    weights = {
+        name.replace(".base_layer.", "."): weight for name, weight in base.state_dict().items() if ".lora_" not in name
+    }
+    for place, layer in base.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            copied = copy.deepcopy(layer)  # merging where it stands and unmerging would drift, push by push
+            copied.merge()
+            weights |= {f"{place}.{name}": weight for name, weight in copied.get_base_layer().state_dict().items()}
+    base.save_pretrained(folder, state_dict=weights)

@@ -1,6 +1,7 @@
 """GRPO-lambda from beginning to end, on a handful of problems."""
 
 import json
+import threading
 from dataclasses import replace
 
 import pytest
@@ -11,8 +12,18 @@ from safetensors.torch import load_file
 from posttrain.cli.main import main
 from posttrain.config import build, read_yaml
 from posttrain.errors import UserError
+from posttrain.models.load import load_model
 from posttrain.pipelines import grpo_lambda
-from posttrain.pipelines.grpo_lambda import GRPOLambdaRunConfig, GRPOLambdaTraining, arguments, correctness, run
+from posttrain.pipelines.grpo_lambda import (
+    GRPOLambdaRunConfig,
+    GRPOLambdaTraining,
+    arguments,
+    correctness,
+    run,
+    training_rows,
+)
+from posttrain.trainers.service_rollouts import ServiceRollouts
+from tests.rollouts.fakes import Fake
 
 SMALL = GRPOLambdaRunConfig(
     out="",
@@ -173,3 +184,23 @@ def test_bad_settings_are_refused_in_one_line(tmp_path, capsys, text, message):
     shown = capsys.readouterr().err
     assert shown.startswith(f"posttrain: error: {message}") and shown.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_training_that_fails_closes_what_it_asks_the_service_with(tmp_path, monkeypatch):
+    replica = Fake()
+    config = replace(SMALL, out=str(tmp_path), validation_prompts=0, engine="service", urls=(replica.url,))
+    running = []
+
+    def fail(self, prompts, trainer):
+        running.append(self.engine._thread.is_alive())
+        raise RuntimeError("the service is gone")
+
+    monkeypatch.setattr(ServiceRollouts, "__call__", fail)
+    try:
+        policy = load_model("tiny", "cpu", "float32")
+        with pytest.raises(RuntimeError, match="the service is gone"):
+            grpo_lambda.train(policy, config, "grpo", training_rows(config), [])
+    finally:
+        replica.kill()
+    assert running == [True]
+    assert not any(thread.name == "rollout service" for thread in threading.enumerate())

@@ -41,20 +41,20 @@ def test_an_interrupted_training_logs_every_step_once(tmp_path, capsys):
     with recording(["dqo"]):
         begin(whole, {}, ["tensorboard"])
         trainer = training(whole)
-        follow(trainer, whole / "policy")
-        trainer.train()
+        with follow(trainer, whole / "policy"):
+            trainer.train()
     with pytest.raises(KeyboardInterrupt), recording(["dqo"]):
         begin(parts, {}, ["tensorboard"])
         trainer = training(parts)
-        follow(trainer, parts / "policy")
-        trainer.add_callback(Stop())
-        trainer.train()
+        with follow(trainer, parts / "policy"):
+            trainer.add_callback(Stop())
+            trainer.train()
     assert [row["step"] for row in read_metrics(parts)] == [1, 2, 3, 4]
     with recording(["dqo"]):
         begin(parts, {}, ["tensorboard"])
         trainer = training(parts)
-        follow(trainer, parts / "policy")
-        trainer.train(resume_from_checkpoint=True)
+        with follow(trainer, parts / "policy"):
+            trainer.train(resume_from_checkpoint=True)
     losses = [
         [(row["part"], row["step"], row["loss"]) for row in read_metrics(folder) if "loss" in row]
         for folder in (whole, parts)
@@ -68,8 +68,8 @@ def test_an_interrupted_training_logs_every_step_once(tmp_path, capsys):
 
 def test_without_a_run_it_trains_and_says_nothing(tmp_path, capsys):
     trainer = training(tmp_path)
-    follow(trainer, tmp_path / "policy")
-    trainer.train()
+    with follow(trainer, tmp_path / "policy"):
+        trainer.train()
     assert not any("loss" in said for said in capsys.readouterr()) and trainer.state.global_step == 8
 
 
@@ -85,19 +85,28 @@ def test_sigterm_leaves_a_checkpoint_of_the_step_under_way_from_which_the_traini
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         whole = training(tmp_path / "whole")
-        follow(whole, tmp_path / "whole" / "policy")
-        whole.train()
+        with follow(whole, tmp_path / "whole" / "policy"):
+            whole.train()
         with pytest.raises(Terminated):
             trainer = training(tmp_path / "parts")
-            follow(trainer, tmp_path / "parts" / "policy")
-            trainer.add_callback(Terminate())
-            trainer.train()
+            with follow(trainer, tmp_path / "parts" / "policy"):
+                trainer.add_callback(Terminate())
+                trainer.train()
         assert trainer.state.global_step == 5 and (tmp_path / "parts" / "scratch" / "checkpoint-5").is_dir()
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
         trainer = training(tmp_path / "parts")
-        follow(trainer, tmp_path / "parts" / "policy")
-        trainer.train(resume_from_checkpoint=True)
+        with follow(trainer, tmp_path / "parts" / "policy"):
+            trainer.train(resume_from_checkpoint=True)
     finally:
         signal.signal(signal.SIGTERM, before)
     assert trainer.state.global_step == 8
     assert trainer.model.slope.equal(whole.model.slope)
+
+
+def test_a_training_that_fails_leaves_sigterm_as_it_was(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    trainer = training(tmp_path)
+    with pytest.raises(KeyboardInterrupt), follow(trainer, tmp_path / "policy"):
+        trainer.add_callback(Stop())
+        trainer.train()
+    assert signal.getsignal(signal.SIGTERM) is before

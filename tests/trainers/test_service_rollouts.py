@@ -67,7 +67,7 @@ def test_the_weights_are_pushed_once_a_step_and_completions_are_in_order(policy,
     rollouts.close()
 
 
-def test_an_adapter_is_pushed_merged_and_goes_on_learning(policy, replica, tmp_path):
+def test_an_adapter_is_pushed_merged_and_stays_what_it_is(policy, replica, tmp_path):
     adapted = get_peft_model(copy.deepcopy(policy.model), LoraConfig(r=2, target_modules="all-linear"))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
@@ -78,6 +78,6 @@ def test_an_adapter_is_pushed_merged_and_goes_on_learning(policy, replica, tmp_p
     rollouts.push(trainer(policy, adapted, tmp_path / "run"))
     rollouts.close()
     for name, weight in adapted.state_dict().items():
-        assert torch.allclose(weight, before[name], atol=1e-6)
+        assert torch.equal(weight, before[name])
     adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
     assert replica.state["fingerprint"] == model_fingerprint(tmp_path / "merged")
