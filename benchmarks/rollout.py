@@ -11,9 +11,11 @@ is the median over repeats, with its range. On GPUs give every replica one of it
 
 import argparse
 import os
+import shutil
 import statistics
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -54,13 +56,21 @@ def services(model: str, threads: list[int]) -> Iterator[list[str]]:
         for count in threads
     ]
     try:
-        lines = [process.stdout.readline() for process in running if process.stdout]
-        yield [line.removeprefix("ready: ").strip() for line in lines]
+        yield [ready(process) for process in running]
     finally:
         for process in running:
             process.terminate()
         for process in running:
             process.wait()
+
+
+def ready(process: "subprocess.Popen[str]") -> str:
+    """A service's URL, once it has one. What else it says goes to stderr: left in the pipe, it would fill it and block the
+    service."""
+    assert process.stdout is not None
+    url = process.stdout.readline().removeprefix("ready: ").strip()
+    threading.Thread(target=shutil.copyfileobj, args=(process.stdout, sys.stderr), daemon=True).start()
+    return url
 
 
 def run(engine: Engine, requests: list[Request]) -> None:
