@@ -46,6 +46,19 @@ from posttrain.trainers.dqo_card import write_dqo_card
 MADE_BY = "made_by.json"
 
 
+def completions_fingerprint(path: str) -> str:
+    """Of a rollout table, or of a file of completions. Errors: UserError naming `completions`."""
+    given = Path(path)
+    if given.is_dir():
+        return hash_json(read_table(given).manifest["shards"])
+    _check_given(given)
+    return hash_files([given])
+
+
+def probe_fingerprint(folder: str) -> str:
+    return hash_files(Path(folder).glob("*.*"))
+
+
 @dataclass(frozen=True)
 class DQOTraining:
     """How the policy and its value model are trained; the defaults are the embedded model's."""
@@ -81,7 +94,8 @@ class DQOTraining:
     probe: str | None = field(
         default=None,
         metadata={
-            "help": "folder of a linear probe (last layer, last token, mse) that the value model starts from; default: 0"
+            "help": "folder of a linear probe (last layer, last token, mse) that the value model starts from; default: 0",
+            "fingerprint": probe_fingerprint,
         },
     )
     lora_rank: int | None = field(default=None, metadata={"help": "LoRA on the policy; default: full fine-tuning"})
@@ -120,7 +134,8 @@ class DQORunConfig:
     completions: str | None = field(
         default=None,
         metadata={
-            "help": "learn from these: a rollout table, or a file (posttrain.rollouts.given); default: sample them"
+            "help": "learn from these: a rollout table, or a file (posttrain.rollouts.given); default: sample them",
+            "fingerprint": completions_fingerprint,
         },
     )
     train_split: str = field(default="train", metadata={"help": "where the training prompts come from"})
@@ -196,7 +211,7 @@ def run(config: DQORunConfig, say: Callable[[str], None] = print, tables_in: Pat
     out = Path(config.out)
     test_plan = _plan(config, config.test_split, config.test_prompts, config.test_samples)
     test_rows = test_plan.rows()
-    collected = (tables_in or out) / "train"
+    collected = (out if config.completions else tables_in or out) / "train"
     collect = _collection(config, test_rows, collected, say)
     policy = load_model(config.model, ranks.device, "float32") if ranks.first else load_tokenizer(config.model)
     if config.training.probe:
@@ -243,14 +258,18 @@ def _named_table(config: DQORunConfig) -> Path | None:
     return given if given and given.is_dir() else None
 
 
+def _check_given(path: Path) -> None:
+    if not path.exists():
+        raise UserError(f"completions: no such rollout table or file: {path}")
+
+
 def _collection(
     config: DQORunConfig, test_rows: Sequence[Row], folder: Path, say: Callable[[str], None]
 ) -> Callable[[Policy], Any]:
     """What makes the table in `folder`, once there is a policy. Errors: all that can be refused without one."""
     if config.completions:
         given = Path(config.completions)
-        if not given.exists():
-            raise UserError(f"completions: no such rollout table or file: {given}")
+        _check_given(given)
         return lambda policy: None if given.is_dir() else given_table(given, policy.tokenizer, folder)
     plan = replace(
         _plan(config, config.train_split, config.train_prompts, config.train_samples),
@@ -281,7 +300,7 @@ def train(
     this; default: this process alone, on the policy's device.
     Errors: UserError naming `policy` for a folder that something else made, or as the examples say.
     """
-    probe = [hash_files(Path(config.probe).glob("*.*"))] if config.probe else []
+    probe = [probe_fingerprint(config.probe)] if config.probe else []
     key = hash_json([table.manifest["shards"], policy.fingerprint, seed, plain(config), *probe])
     if (folder / MADE_BY).is_file():
         made = json.loads((folder / MADE_BY).read_text(encoding="utf-8"))

@@ -5,9 +5,9 @@
     STAGE/stage.json            what it was made from, as a fingerprint, and at its end what came out
     summary.json, report.html   every arm of every stage
 
-A stage is run again only where its fingerprint has changed: that of its settings, the base, and the tables. What it had left
-is then set aside under the old fingerprint, STAGE-FINGERPRINT/, and taken back when the change is undone. Killed at any moment,
-the same file goes on where it stopped.
+A stage is run again only where its fingerprint has changed: that of its settings, of the files that these name, of the base,
+and of the tables. What it had left is then set aside under the old fingerprint, STAGE-FINGERPRINT/, and taken back when the
+change is undone. Killed at any moment, the same file goes on where it stopped.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.config import build
+from posttrain.config import build, within
 from posttrain.errors import UserError, nearest
 from posttrain.evaluation.arms import Arm, sampled_arms
 from posttrain.evaluation.intervals import paired_comparison
@@ -220,11 +220,13 @@ def _outcome(stage: Stage, policy: str, tables: Mapping[str, RolloutTable], say:
     used = {part: table.manifest["shards"] for part, table in tables.items()}
     if stage.method in ONLINE:
         used.pop("train", None)
+    files = named_files(stage.config)
     made_from = {
         "method": stage.method,
         "config": {**plain(stage.config), "out": None},
         "policy": policy,
         "tables": used,
+        **({"files": files} if files else {}),
     }
     key = hash_json(made_from)
     _settle(folder, key, say)
@@ -246,6 +248,19 @@ def _outcome(stage: Stage, policy: str, tables: Mapping[str, RolloutTable], say:
     )
     write_json(folder / STAGE, {"key": key, **made_from, "outcome": _written(outcome)})
     return outcome
+
+
+def named_files(config: Any, prefix: str = "") -> dict[str, str]:
+    """Fingerprints of the files that a configuration names, by the fields whose metadata say how. Errors: UserError naming one."""
+    found: dict[str, str] = {}
+    for entry in dataclasses.fields(config):
+        value, name = getattr(config, entry.name), f"{prefix}{entry.name}"
+        if dataclasses.is_dataclass(value):
+            found |= named_files(value, f"{name}.")
+        elif value is not None and "fingerprint" in entry.metadata:
+            with within(prefix):
+                found[name] = entry.metadata["fingerprint"](value)
+    return found
 
 
 def _settle(folder: Path, key: str, say: Callable[[str], None]) -> None:

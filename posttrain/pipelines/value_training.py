@@ -37,7 +37,10 @@ class ValueTraining:
     """What a value model is, and how it is trained; defaults of training: the released code's."""
 
     head: Head = field(default="v", metadata={"help": "v, q or shared"})
-    base: str | None = field(default=None, metadata={"help": "what the value model starts from; default: the policy"})
+    base: str | None = field(
+        default=None,
+        metadata={"help": "what the value model starts from; default: the policy", "fingerprint": base_fingerprint},
+    )
     layers: int | None = field(default=None, metadata={"help": "only so many of the base's layers"})
     atoms: tuple[float, ...] | None = field(default=None, metadata={"help": "of the return; default: right or wrong"})
     zero_init: bool = field(default=True, metadata={"help": "the head starts at zero: no guidance"})

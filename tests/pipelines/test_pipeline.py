@@ -2,14 +2,20 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from posttrain.config import build
 from posttrain.errors import UserError
+from posttrain.models.features import FeatureSpec
+from posttrain.models.load import load_model, load_tokenizer
+from posttrain.models.probe import Probe, ProbeCard
 from posttrain.pipelines import pipeline as module
-from posttrain.pipelines.pipeline import PipelineConfig, stages_of
+from posttrain.pipelines.pipeline import PipelineConfig, named_files, stages_of
+from posttrain.pipelines.qsharp import QSharpConfig
+from posttrain.pipelines.value_training import ValueTraining
 from posttrain.rollouts.table import read_table
 from tests.small_demo import DEMO
 
@@ -114,6 +120,52 @@ def test_a_changed_stage_is_run_again_and_taken_back_when_the_change_is_undone(t
     said = []
     module.run(small(tmp_path, stages=stages), said.append)
     assert "qprobe: kept" in said and not aside.exists() and len(list(tmp_path.glob("qprobe-*"))) == 1
+
+
+def test_a_stage_is_run_again_where_a_file_that_it_names_has_changed(tmp_path):
+    policy = load_model("tiny", "cpu")
+    given, folder = tmp_path / "given.jsonl", tmp_path / "probe"
+
+    def give(answer: int) -> None:
+        rows = [{"prompt": "1+1=?", "completion": f"1+1={n};#### {n}", "reward": float(n == answer)} for n in range(4)]
+        given.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+    def save_probe(score: float) -> None:
+        feature = FeatureSpec(policy.model.config.num_hidden_layers, "last")
+        probe = Probe(ProbeCard(policy.model.config.hidden_size, None, feature, policy.fingerprint, "mse"))
+        probe.first.bias.data.fill_(score)
+        probe.save_pretrained(folder)
+
+    training = {"critic_warmup_steps": 0, "importance_cap": None, "probe": str(folder)}
+    stage = {"method": "dqo", "completions": str(given), "test_samples": 2, "training": training}
+    config = small(tmp_path / "run", stages=[stage])
+
+    def kept() -> bool:
+        said = []
+        module.run(config, said.append)
+        return "dqo: kept" in said
+
+    give(2)
+    save_probe(0.5)
+    assert not kept() and kept()
+    give(3)
+    assert not kept()
+    save_probe(0.25)
+    assert not kept()
+    give(2)
+    save_probe(0.5)
+    assert kept() and len(list((tmp_path / "run").glob("dqo-*"))) == 2
+    given.unlink()
+    with pytest.raises(UserError, match="^completions: no such rollout table or file: .*given.jsonl"):
+        kept()
+
+
+def test_the_files_that_a_configuration_names(tmp_path):
+    config = QSharpConfig(str(tmp_path), value=ValueTraining(base="tiny"))
+    assert named_files(config) == {"value.base": load_tokenizer("tiny").fingerprint}
+    assert named_files(QSharpConfig(str(tmp_path))) == {}
+    with pytest.raises(UserError, match="^value.base: "):
+        named_files(replace(config, value=ValueTraining(base=str(tmp_path / "nowhere"))))
 
 
 def test_a_table_of_another_seed_is_refused(finished):
