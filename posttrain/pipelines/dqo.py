@@ -82,7 +82,7 @@ class DQOTraining:
     learning_rate: float = field(default=2e-4, metadata={"help": "of the policy, AdamW"})
     value_learning_rate: float = field(default=3e-4, metadata={"help": "of the value model"})
     critic_warmup_steps: int = field(default=10, metadata={"help": "steps in which only the value model learns"})
-    epochs: float = field(default=1.0, metadata={"help": "passes over the completions"})
+    epochs: float = field(default=2.0, metadata={"help": "passes over the completions"})
     batch_size: int = field(default=32, metadata={"help": "completions per forward and device"})
     accumulation: int = field(default=1, metadata={"help": "forwards per step"})
     bf16: bool = field(default=False, metadata={"help": "bfloat16 forward; weights stay float32"})

@@ -25,7 +25,7 @@ class BaselineTraining:
 
     learning_rate: float = field(default=3e-4, metadata={"help": "AdamW"})
     beta: float = field(default=0.1, metadata={"help": "KL coefficient of DPO and KTO; rejection sampling has none"})
-    epochs: float = field(default=1.0, metadata={"help": "passes over the completions, or over the pairs of them"})
+    epochs: float = field(default=2.0, metadata={"help": "passes over the completions, or over the pairs of them"})
     batch_size: int = field(default=32, metadata={"help": "completions or pairs per forward and device"})
     accumulation: int = field(default=1, metadata={"help": "forwards per step"})
     bf16: bool = field(default=False, metadata={"help": "bfloat16 forward; weights stay float32"})
