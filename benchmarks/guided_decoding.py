@@ -5,9 +5,10 @@ logits processor in `model.generate` that reads its value model twice per token.
     python benchmarks/guided_decoding.py --engine vllm [--quick] [--model FOLDER] [--batch 64] [--candidates 20]
 
 Policy: SmolLM2-135M-Instruct. Value model: the first half of its layers with a random head; beta 1, so that what is sampled
-stays the policy's kind of text. Prompts are windows of real text, prompt and completion lengths those of lengths.json (each
-ends at its length, end-of-text ignored), temperature 1. At batch 1 requests run one by one; at 32 the engine has 32 slots and
-`generate` one left-padded batch, which runs to its longest. `delta 0` scores all k candidates, as the plain one does. Only
+stays the policy's kind of text, and in one arm 0.1. Prompts are windows of real text, prompt and completion lengths those of
+lengths.json (each ends at its length, end-of-text ignored), temperature 1. At batch 1 requests run one by one; at 32 the
+engine has 32 slots and `generate` one left-padded batch, which runs to its longest. `delta 0` scores all k candidates, as the
+plain one does; `lazy` those of them that could be drawn. `valued`: how many the V-type head was asked of, per token. Only
 tokens that were asked for count. Repeats are interleaved; a ratio is the median over repeats, with its range.
 
 `--engine vllm`: guidance inside vLLM against vLLM without a guide and against the plain one. One engine lives at a time, so that
@@ -22,6 +23,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,8 +48,9 @@ from posttrain.rollouts.vllm import VLLMEngine
 LENGTHS = Path(__file__).with_name("lengths.json")
 TEXT = Path(__file__).parents[1] / "evals" / "fewshot" / "gsm8k_cot.jsonl"
 BETA = 1.0
+SHARP = 0.1  # what lazy guidance values depends on beta
 LOOSE = 0.05  # V-type pays for every candidate: what it costs where 5 % of the mass may go unvalued
-WIDTH = 110  # of the tables, also where the output is not a terminal
+WIDTH = 120  # of the tables, also where the output is not a terminal
 NAMES = {"v": "V-type", "q": "Q-type", "shared": "shared trunk"}
 Run = Callable[[Sequence[Request], int], object]
 
@@ -121,12 +124,14 @@ def engine_of(model: Any, guide: Any, slots: int) -> TransformersEngine:
     return TransformersEngine(model, fingerprint="benchmark", slots=slots, eos_ids=(), guide=guide)
 
 
-def asked(requests: Sequence[Request], guide: ValueGuide | None) -> list[Request]:
-    return [replace(request, beta=BETA) for request in requests] if guide else list(requests)
+def asked(requests: Sequence[Request], guide: ValueGuide | None, beta: float = BETA) -> list[Request]:
+    return [replace(request, beta=beta) for request in requests] if guide else list(requests)
 
 
-def run_engine(model: Any, guide: ValueGuide | None, requests: Sequence[Request], slots: int) -> None:
-    for completion in engine_of(model, guide, slots).generate(asked(requests, guide)):
+def run_engine(
+    model: Any, guide: ValueGuide | None, requests: Sequence[Request], slots: int, beta: float = BETA
+) -> None:
+    for completion in engine_of(model, guide, slots).generate(asked(requests, guide, beta)):
         assert len(completion.ids) == requests[completion.request_id].sampling.max_tokens
 
 
@@ -173,15 +178,16 @@ def recorded(tokenizer: Any, count: int, quick: bool) -> list[Request]:
 
 
 def check(model: Any, tokenizer: Any, values: dict[Head, ValueModel]) -> None:
-    """Both V-type guides choose the same tokens, greedily, for ragged prompts."""
+    """All V-type guides choose the same tokens, greedily, for ragged prompts."""
     requests = [
         replace(request, sampling=Sampling(temperature=0, max_tokens=6))
         for request in windows(tokenizer, [(5, 6), (23, 6), (12, 6)])
     ]
     plain = run_plain(model, values["v"], 5, requests, len(requests))
-    guide = ValueGuide(values["v"], model, "benchmark", Guidance(candidates=5, delta=0))
-    ours = {done.request_id: list(done.ids) for done in engine_of(model, guide, 3).generate(asked(requests, guide))}
-    assert plain == [ours[request.id] for request in requests], "the two V-type guides disagree"
+    for lazy in (False, True):
+        guide = ValueGuide(values["v"], model, "benchmark", Guidance(candidates=5, delta=0, lazy=lazy))
+        ours = {done.request_id: list(done.ids) for done in engine_of(model, guide, 3).generate(asked(requests, guide))}
+        assert plain == [ours[request.id] for request in requests], f"the V-type guides disagree, lazy {lazy}"
 
 
 def seconds(function: Callable[..., object], *arguments: Any) -> float:
@@ -193,8 +199,8 @@ def seconds(function: Callable[..., object], *arguments: Any) -> float:
 def arms_of(model: Any, values: dict[Head, ValueModel], candidates: int) -> dict[str, Run]:
     """Every way of guiding with so many candidates; each runs requests in batches, or slots, of a size."""
 
-    def engine(guide: ValueGuide | None) -> Run:
-        return lambda requests, size: run_engine(model, guide, requests, size)
+    def engine(guide: ValueGuide | None, beta: float = BETA) -> Run:
+        return lambda requests, size: run_engine(model, guide, requests, size, beta)
 
     arms = {"unguided": engine(None)}
     for head, value in values.items():
@@ -205,23 +211,50 @@ def arms_of(model: Any, values: dict[Head, ValueModel], candidates: int) -> dict
         ):  # the others' cost has little to do with it
             guidance = Guidance(candidates=candidates, delta=delta)
             arms[f"{NAMES[head]}, delta {delta:g}"] = engine(ValueGuide(value, model, "benchmark", guidance))
+    lazy = ValueGuide(values["v"], model, "benchmark", Guidance(candidates=candidates, delta=0, lazy=True))
+    arms[f"{NAMES['v']}, lazy"] = engine(lazy)
+    arms[f"{NAMES['v']}, lazy, beta {SHARP:g}"] = engine(lazy, SHARP)
     arms["plain"] = lambda requests, size: run_plain(model, values["v"], candidates, requests, size)
     return arms
 
 
-def compare(table: Table, arms: dict[str, Run], requests: Sequence[Request], size: int, k: int, repeats: int) -> None:
-    """Adds the arms' rows of one batch size and number of candidates."""
+@contextmanager
+def valued(value: ValueModel) -> Iterator[list[int]]:
+    """How many candidates a V-type head is asked of within, one entry a query."""
+    counts: list[int] = []
+    hook = value.head.register_forward_pre_hook(lambda _, given: counts.append(given[0].shape[:-1].numel()))
+    try:
+        yield counts
+    finally:
+        hook.remove()
+
+
+def compare(
+    table: Table,
+    arms: dict[str, Run],
+    value: ValueModel,
+    requests: Sequence[Request],
+    size: int,
+    k: int,
+    repeats: int,
+) -> None:
+    """Adds the arms' rows of one batch size and number of candidates. value: the V-type one."""
     tokens = sum(request.sampling.max_tokens for request in requests)
     warm = [replace(request, sampling=replace(request.sampling, max_tokens=1)) for request in requests[:size]]
     for run in arms.values():
         run(warm, size)
-    times = [{name: seconds(run, requests, size) for name, run in arms.items()} for _ in range(repeats)]
+    times: list[dict[str, float]] = [{} for _ in range(repeats)]
+    queries: dict[str, float] = {}
+    for row, (name, run) in itertools.product(times, arms.items()):
+        with valued(value) as counts:
+            row[name] = seconds(run, requests, size)
+        queries[name] = sum(counts) / tokens  # the same in every repeat
     for name in arms:
         cells = [f"{tokens / statistics.median(row[name] for row in times):.1f}"]
         for baseline in ("unguided", "plain"):
             ratios = [row[baseline] / row[name] for row in times]
             cells += [f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f} to {max(ratios):.2f}"]
-        table.add_row(str(size), str(k), name, *cells)
+        table.add_row(str(size), str(k), name, *cells, f"{queries[name]:.2f}" if queries[name] else "")
     table.add_section()
 
 
@@ -380,7 +413,7 @@ def main() -> None:
     where = f"{torch.cuda.get_device_name()}" if model.device.type == "cuda" else f"cpu, {args.threads} threads"
     lengths = "shortened lengths" if args.quick else "recorded lengths"
     table = Table(title=f"{Path(policy.name).stem}, {where}, {args.dtype}; {lengths}; {repeats} repeats")
-    for column in ("batch", "k", "arm", "tokens/s", "of unguided", "range", "of plain", "range"):
+    for column in ("batch", "k", "arm", "tokens/s", "of unguided", "range", "of plain", "range", "valued"):
         table.add_column(column, justify="left" if column == "arm" else "right")
     if args.engine == "vllm":
         batches = {size: recorded(tokenizer, single if size == 1 else size, args.quick) for size in args.batch}
@@ -391,7 +424,7 @@ def main() -> None:
         arms = arms_of(model, values, k)
         for size in args.batch:
             requests = recorded(tokenizer, single if size == 1 else size, args.quick)
-            compare(table, arms, requests, size, k, repeats)
+            compare(table, arms, values["v"], requests, size, k, repeats)
     Console(width=WIDTH).print(table)
     rows = windows(tokenizer, [(64, 1)] * 32)
     print_cost_of_candidates(model, values, rows, steps, 1 if args.quick else repeats)

@@ -74,6 +74,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="KL coefficient of the guide, default 0.1; several: Q# and CD at each, and accuracy against KL",
     )
     group.add_argument(
+        "--lazy",
+        action="store_true",
+        help="of a V-type guide: value only the candidates that could be drawn; the same law, whose KL is then not known",
+    )
+    group.add_argument(
         "--any-reference", action="store_true", help="use a guide that was trained for another policy all the same"
     )
     group = parser.add_argument_group("report, export, overlap", argument_default=NOT_GIVEN)
@@ -117,6 +122,7 @@ def _measure(words: list[str], given: dict[str, Any]) -> None:
     from posttrain.pipelines.engines import Sampler
     from posttrain.rollouts.chat import ChatEngine, Transcript
     from posttrain.rollouts.collect import check_folder
+    from posttrain.rollouts.engine import check_lazy
     from posttrain.rollouts.service import check_for_service
     from posttrain.rollouts.transformers import TransformersEngine
     from posttrain.rollouts.vllm import check_for_vllm
@@ -133,6 +139,13 @@ def _measure(words: list[str], given: dict[str, Any]) -> None:
     if "threads" in given:
         torch.set_num_threads(given["threads"])
     betas = _betas(given)
+    lazy = given.get("lazy", False)
+    if lazy and len(betas) > 1:
+        raise UserError(
+            "--lazy: a sweep over several betas shows accuracy against KL, which is then not known; leave it out"
+        )
+    for task in tasks if lazy else ():
+        check_lazy(task.benchmark.sampling(0))
     if len(betas) > 1 and "until" in given:
         raise UserError("until: a sweep over several betas runs whole; leave it out")
     if given.get("engine") == "vllm":
@@ -161,9 +174,8 @@ def _measure(words: list[str], given: dict[str, Any]) -> None:
         return
     if given.get("engine") in ("vllm", "service"):
         policy = load_tokenizer(given["model"])
-        served = (
-            load_vllm_guide(given["guide"], policy, any_reference=given.get("any_reference", False)) if betas else None
-        )
+        any_reference = given.get("any_reference", False)
+        served = load_vllm_guide(given["guide"], policy, Guidance(lazy=lazy), any_reference) if betas else None
         sampler = Sampler(given["engine"], tuple(given.get("url", ())), given.get("dtype"))
         with sampler.open(policy, slots, served) as running:
             guided = (betas[0], served.name) if served else (None, None)
@@ -176,7 +188,7 @@ def _measure(words: list[str], given: dict[str, Any]) -> None:
 
     def model(law: Law | None, beta: float | None) -> Model:
         any_reference = given.get("any_reference", False)
-        guide = load_guide(given["guide"], policy, Guidance(law=law), any_reference) if law else None
+        guide = load_guide(given["guide"], policy, Guidance(law=law, lazy=lazy), any_reference) if law else None
         engine = TransformersEngine(
             policy.model, policy.tokenizer, fingerprint=policy.fingerprint, slots=slots, guide=guide
         )
@@ -211,7 +223,7 @@ def _betas(given: dict[str, Any]) -> list[float]:
     from posttrain.rollouts.engine import LEAST_BETA
 
     if "guide" not in given:
-        for name in ("beta", "any_reference"):
+        for name in ("beta", "lazy", "any_reference"):
             if name in given:
                 raise UserError(f"{_option(name)}: it is the guide's; name one with --guide DIR")
         return []
@@ -310,7 +322,7 @@ def _show(out: Path) -> None:
 
 MEASURING = frozenset(
     "n k temperature top_p top_k max_tokens limit any_data seed resume until dtype device slots shard_prompts threads engine url "
-    "base_url api_key_env guide beta any_reference".split()
+    "base_url api_key_env guide beta lazy any_reference".split()
 )
 NOTHING: frozenset[str] = frozenset()
 VERBS = {  # verb -> function, options that it may have, options that it must have

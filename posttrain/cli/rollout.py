@@ -14,7 +14,7 @@ from posttrain.record import begin
 if TYPE_CHECKING:
     from posttrain.rollouts.table import RolloutTable
 
-OF_THE_ENGINE = ("engine", "url", "guide", "candidates", "any_reference", "dtype", "device", "threads")
+OF_THE_ENGINE = ("engine", "url", "guide", "candidates", "lazy", "any_reference", "dtype", "device", "threads")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--beta", type=float, help="KL coefficient of the guide, in units of the reward; default 0.1")
     parser.add_argument("--candidates", type=int, help="most likely tokens that the guide values; default 20")
     parser.add_argument(
+        "--lazy",
+        action="store_true",
+        help="of a V-type guide: value only the candidates that could be drawn; the same law, whose KL is then not known",
+    )
+    parser.add_argument(
         "--any-reference", action="store_true", help="use a guide that was trained for another policy all the same"
     )
     parser.add_argument("--resume", action="store_true", help="continue an interrupted collection")
@@ -70,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     from posttrain.pipelines.rollout import RolloutConfig, rollout
     from posttrain.provenance import plain
     from posttrain.rollouts.collect import check_folder
-    from posttrain.rollouts.engine import Sampling
+    from posttrain.rollouts.engine import Sampling, check_lazy
     from posttrain.rollouts.service import check_for_service
     from posttrain.rollouts.vllm import check_for_vllm
 
@@ -79,9 +84,12 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"threads: must be at least 1, got {args.threads}")
         torch.set_num_threads(args.threads)
     sampling = Sampling(args.temperature, args.top_p, args.top_k, args.max_tokens, args.seed)
-    for name in ("beta", "candidates", "any_reference"):
+    for name in ("beta", "candidates", "lazy", "any_reference"):
         if not args.guide and getattr(args, name) not in (None, False):
             raise UserError(f"--{name.replace('_', '-')}: it is the guide's; name one with --guide DIR")
+    guidance = Guidance(Guidance.candidates if args.candidates is None else args.candidates, lazy=args.lazy)
+    if args.lazy:
+        check_lazy(sampling)
     if args.engine == "vllm":
         check_for_vllm(device=args.device, threads=args.threads, dtype=args.dtype)
     fixed = {name: getattr(args, name) for name in ("device", "threads", "dtype")}
@@ -99,7 +107,7 @@ def run(args: argparse.Namespace) -> None:
         sampler=Sampler(args.engine, tuple(args.url or ()), args.dtype),
     )
     check_folder(args.out, args.resume)
-    rows, guidance = config.rows(), Guidance() if args.candidates is None else Guidance(candidates=args.candidates)
+    rows = config.rows()
     begin(args.out, {"model": args.model, **plain(config), **{name: getattr(args, name) for name in OF_THE_ENGINE}})
     own = args.engine == "transformers"
     # Takes time where the model is loaded here: after all that can be refused without it.

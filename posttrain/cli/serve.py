@@ -39,6 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--api-key", help="what clients must send; better in POSTTRAIN_API_KEY, where ps does not show it"
     )
     parser.add_argument("--candidates", type=int, default=20, help="most tokens that a guide values")
+    parser.add_argument(
+        "--lazy",
+        action="store_true",
+        help="of V-type guides: value only the candidates that could be drawn; the same law, of which answers then tell nothing",
+    )
     parser.add_argument("--max-requests", type=int, default=256, help="answered at the same time; more get a 429")
     parser.add_argument("--max-completions", type=int, default=64, help="for one request: n, or k of rerank")
     parser.add_argument("--max-body", type=int, default=1 << 20, help="bytes of a request")
@@ -98,7 +103,7 @@ def _transformers(
     from posttrain.models.load import load_model
     from posttrain.serving.catalogue import Catalogue
 
-    guidance = Guidance(candidates=args.candidates)
+    guidance = Guidance(args.candidates, lazy=args.lazy)
     policy = load_model(args.model, args.device, args.dtype)
     return Catalogue.load(policy, guides, probes, guidance, args.slots, limits)
 
@@ -117,7 +122,7 @@ def _vllm(
     from posttrain.rollouts.vllm import VLLMEngine
     from posttrain.serving.catalogue import Catalogue
 
-    policy, guidance = load_tokenizer(args.model), Guidance(candidates=args.candidates)
+    policy, guidance = load_tokenizer(args.model), Guidance(args.candidates, lazy=args.lazy)
     served = {name: load_vllm_guide(folder, policy, guidance) for name, folder in guides.items()}
     heads = {name: Probe.from_pretrained(folder, policy.fingerprint) for name, folder in probes.items()}
     # In a process of its own, as in vLLM's own server: this one is busy with its clients.

@@ -26,6 +26,8 @@ class Guidance:
     if their return were the least there is: guidance never lifts what it has not valued above what it has.
     law: `qsharp`, or `cd`: controlled decoding with the same value model. order: `exact` is softmax(l / T + tilt);
     `released_code` is softmax((l + tilt) / T), kept for comparison.
+    lazy: draw from the same law, but value only the candidates that could be drawn (`lazy.py`): of a V-type head in the
+    transformers engine, where the law itself need not be known.
 
     Errors: UserError naming the field that is out of range.
     """
@@ -35,6 +37,7 @@ class Guidance:
     outside: Literal["mask", "zero_tilt"] = "mask"
     law: Literal["qsharp", "cd"] = "qsharp"
     order: Literal["exact", "released_code"] = "exact"
+    lazy: bool = False
 
     def __post_init__(self) -> None:
         if self.candidates < 1:
@@ -48,10 +51,19 @@ class Guidance:
         ):
             if getattr(self, name) not in choices:
                 raise UserError(f"{name}: must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.lazy and self.outside != "mask":
+            raise UserError("outside: must be mask where guidance is lazy, which draws among the candidates only")
+        if self.lazy and self.order != "exact":
+            raise UserError(
+                "order: must be exact where guidance is lazy; the released code's tilts need all candidates"
+            )
 
     def settings(self, fingerprint: str, head: str) -> dict[str, Any]:
         """What decides how a value model of this fingerprint guides: for manifests, and to name rows by."""
-        return {"value_model": fingerprint, "head": head, **asdict(self)}
+        known = {"value_model": fingerprint, "head": head, **asdict(self)}
+        if not self.lazy:  # named as before there was this choice: tables go on
+            del known["lazy"]
+        return known
 
 
 @dataclass(frozen=True)

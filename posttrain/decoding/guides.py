@@ -6,7 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from posttrain.decoding.guide import Guided, GuideSession, ValueGuide
+from posttrain.decoding.guide import ValueGuide
+from posttrain.decoding.session import Guided, Session
 from posttrain.rollouts.engine import Candidate, Request
 
 
@@ -20,6 +21,9 @@ class Guides:
         self.context = min(contexts, default=None)
         self.settings = {name: guide.settings for name, guide in self.named.items()}
 
+    def is_lazy(self, request: Request) -> bool:
+        return request.guide in self.named and self.named[request.guide].is_lazy(request)
+
     def session(self, slots: int, context: int) -> "GuidesSession":
         return GuidesSession({name: guide.session(slots, context) for name, guide in self.named.items()})
 
@@ -27,9 +31,9 @@ class Guides:
 class GuidesSession:
     """Each guide's own session, to which the requests of all others stand as if unguided."""
 
-    def __init__(self, sessions: Mapping[str, GuideSession]) -> None:
+    def __init__(self, sessions: Mapping[str, Session]) -> None:
         self.sessions = sessions
-        self._active: list[GuideSession] = []
+        self._active: list[Session] = []
 
     def add(self, requests: Sequence[Request], padded: Tensor, copies: Tensor | None) -> None:
         assert all(request.beta is None or request.guide in self.sessions for request in requests)

@@ -66,14 +66,18 @@ class VLLMGuide:
 def load_vllm_guide(
     folder: str | Path, policy: Policy, guidance: Guidance | None = None, any_reference: bool = False
 ) -> VLLMGuide:
-    """Errors: UserError naming `guide` as `read_value_model`, and for a V-type head; naming `outside` for tokens that are
-    sampled without having been candidates, of whose KL vLLM gives no account."""
+    """Errors: UserError naming `guide` as `read_value_model`, and for a V-type head; naming `lazy`, which only such a head can
+    be; naming `outside` for tokens that are sampled without having been candidates, of whose KL vLLM gives no account."""
     guidance = guidance or Guidance()
     value = read_value_model(folder, policy, any_reference)
     if value.config.head == "v":
         raise UserError(
             f"guide: {folder} has a V-type head, which reads every candidate as one more token; vLLM runs one query a step: "
             "train with --head q or --head shared, or use --engine transformers"
+        )
+    if guidance.lazy:
+        raise UserError(
+            "lazy: a q or shared head, which vLLM runs, values all candidates in one query, and has none to save; leave it out"
         )
     if guidance.outside != "mask":
         raise UserError(f"outside: must be mask in vLLM, got {guidance.outside!r}; the transformers engine has both")

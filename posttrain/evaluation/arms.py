@@ -96,7 +96,8 @@ def policy_arm(name: str, title: str, table: RolloutTable, seconds: float) -> Ar
     lengths = [len(ids) for ids in table.column("completion_ids")]
     sampled = table.manifest["seconds"]
     measures = {"tokens_per_second": sum(lengths) / max(sampled, 1e-9)}
-    if any(table.column("guide")):  # a table knows the KL of guidance, not that of trained weights
+    # A table knows the KL of guidance, unless it was lazy, and not that of trained weights.
+    if any(table.column("guide")) and not table.is_lazy:
         measures = {"kl": float(np.mean(table.column("kl"))), **measures}
     if k > 2:  # a vote of two is a coin
         vote = majority_curve(ballots, table.rectangle("correct"), k)

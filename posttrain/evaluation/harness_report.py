@@ -54,9 +54,10 @@ def write_reports(out: Path, baseline: Path | None = None, say: Callable[[str], 
 def _measured(report: dict[str, Any], result: Result) -> Measured:
     """What pages over several runs read. Its arm knows no seconds, as the report knows no time."""
     tokens = float(np.mean(flat(result.tokens)))
-    measures = {"kl": float(np.mean(flat(result.kl)))} if result.kl else {}
+    kls = flat(result.kl)
+    measures = {"kl": float(np.mean(kls))} if kls and None not in kls else {}
     title = title_of(report).removeprefix("Evaluation of ")
-    arm = Arm("guided" if measures else "base", title, result.accuracy, tokens, 0.0, (), measures)
+    arm = Arm("guided" if kls else "base", title, result.accuracy, tokens, 0.0, (), measures)
     problems = fingerprints([(row["problem"], row["answer"]) for row in result.rows])
     return Measured(result.benchmark.name, problems, (arm,))
 
@@ -257,9 +258,7 @@ def facts(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
             f"{100 * error['se']:.2f} points" + (f" ({', '.join(parts)})" if parts else ""),
         )
     if "kl" in summary:
-        kl = summary["kl"]
-        spread = f" ({kl['low']:.3f} to {kl['high']:.3f})" if kl["low"] is not None else ""
-        yield "KL to the reference, nats per completion", f"{kl['value']:.3f}{spread}"
+        yield "KL to the reference, nats per completion", _kl(summary["kl"])
     spread = f" ({tokens['low']:.1f} to {tokens['high']:.1f})" if tokens["low"] is not None else ""
     yield "completion tokens", f"mean {tokens['mean']:.1f}{spread}, p95 {tokens['p95']:.0f}"
     yield "truncated", percent(shares["truncation"])
@@ -270,6 +269,13 @@ def facts(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for title, counted in (("verdicts", "verdicts"), ("answer found by", "rules"), ("stopped by", "stops")):
         if summary[counted]:
             yield title, ", ".join(f"{value} {count}" for value, count in summary[counted].items())
+
+
+def _kl(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "not known (lazy guidance)"
+    spread = f" ({found['low']:.3f} to {found['high']:.3f})" if found["low"] is not None else ""
+    return f"{found['value']:.3f}{spread}"
 
 
 def percent(share: float) -> str:

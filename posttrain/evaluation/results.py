@@ -56,7 +56,8 @@ class Result:
     stops: list[list[str | None]]
     confidence: list[list[float]]  # mean log-probability of a completion's tokens; empty where the engine gave none
     lm_eval: dict[str, list[list[float]]]
-    kl: Sequence[Sequence[float]] = ()  # of guided completions to the reference, in nats; empty without a guide
+    # of guided completions to the reference, in nats; None of lazily guided ones, empty without a guide
+    kl: Sequence[Sequence[float | None]] = ()
 
     @property
     def correct(self) -> list[list[bool]]:
@@ -150,8 +151,7 @@ def summarise(result: Result) -> dict[str, Any]:
         }
         column += curve.shape[1]
     if result.kl:
-        spread = bootstrap_interval([float(np.mean(group)) for group in result.kl])
-        summary["kl"] = {"value": float(np.mean(flat(result.kl))), "low": finite(spread[0]), "high": finite(spread[1])}
+        summary["kl"] = None if None in flat(result.kl) else kl_summary(result.kl)
     return {**summary, "warnings": warnings(result, summary)}
 
 
@@ -203,6 +203,11 @@ def tokens_summary(result: Result) -> dict[str, Any]:
     per_problem = [float(np.mean(group)) for group in result.tokens]
     low, high = bootstrap_interval(per_problem)
     return {**token_stats(flat(result.tokens)), "low": finite(low), "high": finite(high)}
+
+
+def kl_summary(kl: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    low, high = bootstrap_interval([float(np.mean(group)) for group in kl])
+    return {"value": float(np.mean(flat(kl))), "low": finite(low), "high": finite(high)}
 
 
 def breakdown(result: Result) -> dict[str, list[dict[str, Any]]]:

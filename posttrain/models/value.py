@@ -111,6 +111,11 @@ class ValueModel(PreTrainedModel):
         """The least return that the model knows: its first atom, 0 of a Bernoulli return."""
         return float(self.atoms[0]) if self.atoms is not None else 0.0
 
+    @property
+    def span(self) -> float:
+        """From the least return to the greatest: no log-tilt is above span / beta."""
+        return float(self.atoms[-1]) - self.least if self.atoms is not None else 1.0
+
     def zero_head(self) -> None:
         """Every value equal: the guided policy starts as the reference."""
         output = self.head if self.config.head == "v" else self.head.out

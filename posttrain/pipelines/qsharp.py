@@ -122,6 +122,8 @@ class QSharpConfig:
             raise UserError("guidance.outside: must be mask in vLLM, which gives no account of other tokens")
         if self.guidance.law != "qsharp":
             raise UserError("guidance.law: a run measures both laws; leave it out")
+        if self.guidance.lazy:
+            raise UserError("guidance.lazy: a run measures the KL of guidance, which is then not known; leave it out")
         if self.train_split == self.test_split and self.test_data in (None, self.data):
             raise UserError(f"test_split: {self.test_split} is the training split too; measure on another one")
 

@@ -144,13 +144,13 @@ def figures_of(table: RolloutTable) -> dict[str, str]:
         "grader errors": f"{shares['grader_error']:.3f}",
         "tokens, mean": f"{stats['mean']:.1f}",
         "tokens, p95": f"{stats['p95']:.0f}",
-        **({"KL, nats": f"{_mean(table.column('kl')):.3f}"} if any(table.column("guide")) else {}),
+        **({"KL, nats": _mean_kl(table)} if any(table.column("guide")) else {}),
         "tokens/s": f"{sum(tokens) / max(table.manifest['seconds'], 1e-9):.0f}",
     }
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def _mean_kl(table: RolloutTable) -> str:
+    return "not known" if table.is_lazy else f"{sum(table.column('kl')) / len(table):.3f}"
 
 
 def publish(table: RolloutTable) -> Path:

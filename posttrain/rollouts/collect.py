@@ -333,7 +333,7 @@ def _row(job: _Job, completion: Completion, text: str, graded: Grade, policy: st
         "verdict": graded.verdict,
         "reward": float(graded.correct),
         "correct": graded.correct,
-        "logprobs": completion.logprobs if completion.text is None else None,
+        "logprobs": completion.logprobs or None,
         "policy": policy,
         "guide": guide if beta is not None else None,
         "beta": beta,
@@ -382,12 +382,13 @@ class _Progress:
 
 def _measured(rows: Sequence[dict[str, Any]], seconds: float) -> dict[str, float]:
     """Of a shard, for the run's record."""
-    tokens = [len(row["completion_ids"]) for row in rows]
+    tokens, kls = [len(row["completion_ids"]) for row in rows], [row["kl"] for row in rows]
+    has_kl = any(row["guide"] for row in rows) and None not in kls
     return {
         "completions": len(rows),
         "accuracy": sum(row["correct"] for row in rows) / len(rows),
         "tokens": sum(tokens) / len(rows),
         "truncated": sum(row["finish_reason"] == "length" for row in rows) / len(rows),
-        **({"kl": sum(row["kl"] for row in rows) / len(rows)} if any(row["guide"] for row in rows) else {}),
+        **({"kl": sum(kls) / len(rows)} if has_kl else {}),
         "tokens_per_second": sum(tokens) / seconds,
     }

@@ -108,7 +108,8 @@ class Completion:
 
     Of a guided request, in nats: `kl`, the sum over tokens of KL(guided law || softmax(logits / temperature)), exact, before
     top-k and top-p; `log_ratio`, the sum of the sampled tokens' log-ratios of the law that was really sampled from to
-    softmax(logits / temperature). Without guidance both are 0.
+    softmax(logits / temperature). Without guidance both are 0; of a lazily guided request neither is known, nor are `logprobs`,
+    which are then empty.
 
     `top_logprobs`: of every step the request's `top_logprobs` most likely tokens (id, log-probability), best first, under
     the law that `logprobs` are of; a token that could not be drawn is not among them.
@@ -121,8 +122,8 @@ class Completion:
     logprobs: tuple[float, ...]
     finish_reason: FinishReason
     stop: str | None = None  # the text of `Sampling.stop` that ended it; `ids` go on to the token that completed it
-    kl: float = 0.0
-    log_ratio: float = 0.0
+    kl: float | None = 0.0
+    log_ratio: float | None = 0.0
     top_logprobs: tuple[TopLogprobs, ...] = ()
     steps: tuple[GuidedStep, ...] = ()
     text: str | None = None  # of an engine that tells nothing else: `ids` then only count, and there are no `logprobs`
@@ -169,3 +170,16 @@ def check_request(request: Request, context: int, name: str = "") -> None:
             f"max_tokens: {name} has {length} tokens and asks for {request.sampling.max_tokens} more, "
             f"the model's context is {context}; at most {context - length} fit"
         )
+
+
+def check_lazy(sampling: Sampling, top_logprobs: int = 0, explain: bool = False) -> None:
+    """Errors: UserError naming what a lazily guided request cannot have: it needs the whole law, which is never known."""
+    asked = {
+        "top_p": sampling.top_p < 1,
+        "top_k": sampling.top_k > 0,
+        "top_logprobs": top_logprobs > 0,
+        "explain": explain,
+    }
+    for name, is_asked in asked.items():
+        if is_asked:
+            raise UserError(f"{name}: needs the whole guided law, which lazy guidance never knows; leave it out")

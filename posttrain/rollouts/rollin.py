@@ -30,7 +30,8 @@ class Prefix:
         if rest is None:
             assert self.finish_reason is not None
             return Completion(-1, self.ids, self.logprobs, self.finish_reason)
-        return replace(rest, ids=self.ids + rest.ids, logprobs=self.logprobs + rest.logprobs)
+        known = self.logprobs + rest.logprobs if rest.logprobs else ()
+        return replace(rest, ids=self.ids + rest.ids, logprobs=known)
 
 
 NO_PREFIX = Prefix()
@@ -44,7 +45,7 @@ def cut_completions(table: RolloutTable, seed: int) -> dict[tuple[str, int], Pre
     prefixes = {}
     for row in table.rows():
         if row["logprobs"] is None:
-            raise UserError(f"table: {table.folder} has no log-probabilities; collect it anew")
+            raise UserError(f"table: {table.folder} has no log-probabilities; collect it anew, without lazy guidance")
         ids, logprobs = tuple(row["completion_ids"]), tuple(row["logprobs"])
         cut = cut_index(seed, row["prompt_id"], row["sample"], len(ids))
         last = cut + 1 == len(ids)

@@ -18,14 +18,22 @@ RESOLUTION = 2**40  # weights of the integer CDF: a probability below 1e-12 is n
 FIRST_CANDIDATES = 1024  # a nucleus is looked for among so many top tokens before the whole vocabulary is sorted
 
 
-def noise(seeds: Tensor, index: Tensor) -> Tensor:
-    """Uniforms in [0, 1), float64 [rows]: a pure function of a request's seed and its token's index, the same on every
-    device.
+def noise(seeds: Tensor, *counters: Tensor) -> Tensor:
+    """Uniforms in [0, 1), float64: a pure function of a request's seed and its token's index, the same on every device.
+    A second counter, a token's id, gives each token that could stand there its own. int64, of shapes that broadcast.
 
-    SplitMix64 (Steele, Lea and Flood 2014) as a counter-based generator: the stream of a seed starts at the mixed seed.
+    SplitMix64 (Steele, Lea and Flood 2014) as a counter-based generator: the stream of a seed starts at the mixed seed, and
+    every value of one counter is the seed of a stream over the next.
     """
-    bits = _mix(_mix(seeds) + (index + 1) * _GOLDEN)
+    bits = seeds
+    for counter in counters:
+        bits = _mix(_mix(bits) + (counter + 1) * _GOLDEN)
     return (bits >> 11 & (1 << 53) - 1).to(torch.float64) * 2.0**-53
+
+
+def gumbel(seeds: Tensor, index: Tensor, ids: Tensor) -> Tensor:
+    """Standard Gumbel noise of the tokens `ids`, float64: the argmax of log-probabilities plus it is a draw from them."""
+    return -noise(seeds, index, ids).clamp(min=2.0**-54).log().neg().log()
 
 
 def _signed(value: int) -> int:

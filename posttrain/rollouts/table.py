@@ -44,8 +44,9 @@ SCHEMA = pa.schema(
         ("policy", pa.string()),  # name@fingerprint
         ("guide", pa.string()),  # fingerprint of the value model and how it guided; null without one
         ("beta", pa.float64()),  # KL coefficient of the guidance; null without
-        ("kl", pa.float64()),  # nats: sum over completion tokens of KL(guided law || reference); 0 without guidance
-        ("log_ratio", pa.float64()),  # nats: of the sampled tokens, under the law really sampled from
+        # nats: sum over completion tokens of KL(guided law || reference); 0 without guidance, null of a lazily guided row
+        ("kl", pa.float64()),
+        ("log_ratio", pa.float64()),  # nats: of the sampled tokens, under the law really sampled from; likewise
         (
             "process_rewards",  # of steps: index of the last token in completion_ids, and its score; null: none
             pa.list_(pa.struct([("token", pa.int32()), ("reward", pa.float64())])),
@@ -147,6 +148,11 @@ class RolloutTable:
 
     def __len__(self) -> int:
         return self.data.num_rows
+
+    @property
+    def is_lazy(self) -> bool:
+        """Whether rows were guided lazily, so that no KL is known."""
+        return self.data.column("kl").null_count > 0
 
     def column(self, name: str) -> list[Any]:
         """One value per completion."""

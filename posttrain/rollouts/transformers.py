@@ -24,6 +24,7 @@ from posttrain.rollouts.engine import (
     GuidedStep,
     Request,
     TopLogprobs,
+    check_lazy,
     check_request,
     first_stop,
 )
@@ -100,10 +101,16 @@ class TransformersEngine:
             raise UserError("stop: stop texts need an engine that has a tokenizer")
         if request.beta is not None and self.guide is None:
             raise UserError("beta: this engine has no guide; give it a value model, or leave beta out")
+        if self.is_lazy(request):
+            check_lazy(request.sampling, request.top_logprobs, request.explain)
         if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < self.vocab:
             raise UserError(
                 f"prompt: request {request.id} has token ids outside the model's vocabulary of {self.vocab}"
             )
+
+    def is_lazy(self, request: Request) -> bool:
+        """Whether it is guided without its law being known."""
+        return self.guide is not None and self.guide.is_lazy(request)
 
     def batch(self, stream: bool = False) -> "Batch":
         """Its rows grow token by token, whether that is asked or not."""
@@ -142,23 +149,27 @@ class Guide(Protocol):
     """Turns a step's scores into guided ones (`posttrain.decoding.guide`); its sessions follow the batch, slot by slot.
 
     settings: what decides how it guides; reads_policy: whether it needs the policy's last hidden states; context: the
-    largest number of tokens it can read, None for no limit of its own.
+    largest number of tokens it can read, None for no limit of its own; is_lazy: whether it draws a request's tokens itself,
+    without the law being known.
     """
 
     reads_policy: bool
     context: int | None
     settings: dict[str, Any]
 
+    def is_lazy(self, request: Request) -> bool: ...
+
     def session(self, slots: int, context: int) -> Any: ...
 
 
 class Row:
-    """A request in a slot."""
+    """A request in a slot. lazy: nothing is known of its law."""
 
-    __slots__ = ("ids", "kl", "limit", "log_ratio", "logprobs", "request", "steps", "stop", "stops", "tops")
+    __slots__ = ("ids", "kl", "lazy", "limit", "log_ratio", "logprobs", "request", "steps", "stop", "stops", "tops")
 
-    def __init__(self, request: Request, eos_ids: frozenset[int]) -> None:
+    def __init__(self, request: Request, eos_ids: frozenset[int], lazy: bool) -> None:
         self.request = request
+        self.lazy = lazy
         self.stops = frozenset(request.sampling.stop_ids) or eos_ids
         self.limit = request.sampling.max_tokens
         self.ids: list[int] = []
@@ -185,8 +196,8 @@ class Row:
             logprobs=tuple(self.logprobs),
             finish_reason=reason,
             stop=self.stop,
-            kl=self.kl,
-            log_ratio=self.log_ratio,
+            kl=None if self.lazy else self.kl,
+            log_ratio=None if self.lazy else self.log_ratio,
             top_logprobs=tuple(self.tops),
             steps=tuple(self.steps),
         )
@@ -204,6 +215,7 @@ class Batch:
     as long as no more are added than there is `room` for, and no step is asked of an empty batch."""
 
     def __init__(self, engine: TransformersEngine) -> None:
+        self.is_lazy = engine.is_lazy
         self.slots = engine.slots
         self.model = engine.model
         self.tokenizer = engine.tokenizer
@@ -251,7 +263,9 @@ class Batch:
             by_prompt.setdefault(request.prompt_ids, []).append(request)
         for prompts in _similar(sorted(by_prompt, key=len)):
             first = len(self.rows)
-            self.rows += [Row(request, self.eos_ids) for prompt in prompts for request in by_prompt[prompt]]
+            self.rows += [
+                Row(request, self.eos_ids, self.is_lazy(request)) for prompt in prompts for request in by_prompt[prompt]
+            ]
             width = len(prompts[-1]) - 1
             indices = [index for index, prompt in enumerate(prompts) for _ in by_prompt[prompt]]
             copies = torch.tensor(indices, device=self.device) if len(indices) > len(prompts) else None
@@ -301,14 +315,15 @@ class Batch:
         if self.guide:
             self.guide.advance(self.tokens, [int(token) for token in sampled])
             for row, row_kl, log_ratio in zip(self.rows, *shifts, strict=True):
-                if row.request.beta is not None:
+                if row.request.beta is not None and not row.lazy:
                     row.kl += row_kl
                     row.log_ratio += log_ratio
         self._note_tops(sampled_from, columns)
         finished = []
         for slot, (row, token, logprob) in enumerate(zip(self.rows, sampled, sampled_logprobs, strict=True)):
             row.ids.append(int(token))
-            row.logprobs.append(logprob)
+            if not row.lazy:
+                row.logprobs.append(logprob)
             stopped = token in row.stops or (row.request.sampling.stop and row.meets_stop(self.tokenizer))
             if stopped or len(row.ids) == row.limit:
                 finished.append(slot)

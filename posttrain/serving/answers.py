@@ -55,7 +55,8 @@ class Answers:
         raise NotImplementedError
 
     def guided(self, completion: Completion) -> Json:
-        """How far guidance moved a completion, in nats; where that was asked, what it did at every token."""
+        """How far guidance moved a completion, in nats, null where that is not known; where it was asked, what guidance did at
+        every token."""
         told: Json = {"kl": completion.kl, "log_ratio": completion.log_ratio}
         if completion.steps:
             tokens = zip(completion.ids, completion.logprobs, completion.steps, strict=True)
@@ -102,7 +103,7 @@ class ChatAnswers(Answers):
             "refusal": None,
         }
 
-    def _entry(self, id: int, logprob: float) -> Json:
+    def _entry(self, id: int, logprob: float | None) -> Json:
         name = self._name(id)
         return {"token": name, "logprob": logprob, "bytes": list(name.encode())}
 
@@ -129,8 +130,9 @@ class TextAnswers(Answers):
 
 def tokens_of(completion: Completion) -> list[Token]:
     """The stop token included: their log-probabilities add up to that of the completion."""
+    logprobs = completion.logprobs or (None,) * len(completion.ids)
     tops = completion.top_logprobs or ((),) * len(completion.ids)
-    return [Token(*token) for token in zip(completion.ids, completion.logprobs, tops, strict=True)]
+    return [Token(*token) for token in zip(completion.ids, logprobs, tops, strict=True)]
 
 
 def all_shown(tokenizer: Any, completion: Completion) -> list[Shown]:

@@ -247,6 +247,7 @@ def create_app(catalogue: Catalogue, key: str | None = None) -> FastAPI:
             "context": catalogue.engine.context,
             "fingerprint": catalogue.policy.fingerprint,
             "guides": list(catalogue.guides),
+            "lazy": [name for name, guide in catalogue.guides.items() if guide.guidance.lazy],
             "probes": list(catalogue.rerankers),
         }
 

@@ -82,6 +82,12 @@ def _plan(body: Sampled, prompts: list[tuple[int, ...]], catalogue: Catalogue, i
     guide, beta, candidates = _guidance(body.guidance, catalogue)
     explain = body.guidance is not None and body.guidance.explain
     logprobs, top = _logprobs(body)
+    if guide is not None and catalogue.guides[guide].guidance.lazy:
+        for name, asked in (("logprobs", logprobs), ("guidance.explain", explain)):
+            if asked:
+                raise ApiError(
+                    400, f"{name}: needs the whole guided law, which this server never knows; leave it out", name
+                )
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     seed = secrets.randbits(62) if body.seed is None else body.seed
     requests = []

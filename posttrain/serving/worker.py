@@ -21,10 +21,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Token:
-    """One more token of a completion that goes on; top: as `Completion.top_logprobs`, empty where nobody asked."""
+    """One more token of a completion that goes on; logprob: None where it is not known; top: as `Completion.top_logprobs`,
+    empty where nobody asked."""
 
     id: int
-    logprob: float
+    logprob: float | None
     top: TopLogprobs
 
 
@@ -147,7 +148,10 @@ class Worker:
             job = self._jobs[row.request.id]
             if job.stream:
                 new = range(job.told, len(row.ids))
-                tokens = (Token(row.ids[i], row.logprobs[i], row.tops[i] if row.tops else ()) for i in new)
+                tokens = (
+                    Token(row.ids[i], row.logprobs[i] if row.logprobs else None, row.tops[i] if row.tops else ())
+                    for i in new
+                )
                 said += [(job.listener, token) for token in tokens]
                 job.told = len(row.ids)
         self._say(said)

@@ -41,6 +41,15 @@ def test_the_presets_are_listed(capsys):
             ("arithmetic", "--model", "tiny", "--out", "x", "--compare", "y"),
             "--compare: not an option of posttrain eval BENCH",
         ),
+        (("arithmetic", "--model", "tiny", "--out", "x", "--lazy"), "--lazy: it is the guide's"),
+        (
+            ("arithmetic", "--model", "tiny", "--out", "x", "--guide", "g", "--lazy", "--beta", "0.1,1"),
+            "--lazy: a sweep over several betas shows accuracy against KL",
+        ),
+        (
+            ("arithmetic", "--model", "tiny", "--out", "x", "--guide", "g", "--lazy", "--top-p", "0.9"),
+            "top_p: needs the whole guided law",
+        ),
         (("report", "--n", "4"), "--n: not an option of posttrain eval report"),
         (("report",), "dir: give the folder of one evaluation"),
         (("report", "nowhere"), "dir: nowhere holds no evaluation"),

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from posttrain.cli.main import main
+from posttrain.models.load import load_model
+from posttrain.models.value import new_value_model
 from posttrain.rollouts.table import read_table, shard_name
 from tests.small_models import smollm2
 
@@ -51,6 +53,20 @@ def test_a_table_is_collected_and_summarised(tmp_path, capsys):
     assert "<|user|>" in shown and "<|assistant|>" in shown  # one prompt, special tokens visible
     for figure in ("accuracy", "truncated", "answer found", "tokens/s"):
         assert figure in shown
+
+
+def test_of_a_lazily_guided_table_what_is_not_known_is_null(tmp_path, capsys):
+    policy = load_model("tiny", "cpu", "float32")
+    new_value_model(policy, "v", layers=1, zero_init=False).save_pretrained(tmp_path / "value")
+    guided = ("--limit", "3", "--guide", str(tmp_path / "value"), "--beta", "0.05", "--device", "cpu")
+    assert rollout(tmp_path / "lazy", more=(*guided, "--lazy")) == rollout(tmp_path / "all", more=guided) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"KL, nats +not known", shown) and re.search(r"KL, nats +\d", shown)
+    lazy, all_of_them = read_table(tmp_path / "lazy"), read_table(tmp_path / "all")
+    for column in ("logprobs", "kl", "log_ratio"):
+        assert set(lazy.column(column)) == {None} and None not in all_of_them.column(column)
+    assert lazy.column("beta") == all_of_them.column("beta") and lazy.column("guide") != all_of_them.column("guide")
+    assert "KL, nats not known" in (tmp_path / "lazy" / "report.html").read_text()
 
 
 def test_an_interrupted_table_is_continued_to_the_same_bytes(tmp_path):
@@ -119,6 +135,8 @@ def no_model(monkeypatch):
         ("prompt", ["--prompt", "no placeholder"]),
         ("data", ["--data", "nothing.jsonl"]),
         ("top_p", ["--top-p", "2"]),
+        ("top_p", ["--guide", "./no-guide", "--lazy", "--top-p", "0.9"]),
+        ("--lazy", ["--lazy"]),
     ],
 )
 def test_what_needs_no_model_is_refused_before_one_is_loaded(field, more, tmp_path, capsys, no_model):

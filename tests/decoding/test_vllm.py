@@ -351,6 +351,10 @@ def test_what_vllm_cannot_guide_is_refused(policy, q, tmp_path):
         load_vllm_guide(other_reference(policy, tmp_path / "q"), policy)
     with pytest.raises(UserError, match=r"outside: must be mask in vLLM"):
         load_vllm_guide(q, policy, Guidance(outside="zero_tilt"), any_reference=True)
+    with pytest.raises(
+        UserError, match=r"lazy: a q or shared head, which vLLM runs, values all candidates in one query"
+    ):
+        load_vllm_guide(q, policy, Guidance(lazy=True), any_reference=True)
     quantised = tmp_path / "quantised"
     quantised.mkdir()
     config = json.loads((TINY / "config.json").read_text())

@@ -1,10 +1,12 @@
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
 from posttrain.evaluation import harness_report
 from posttrain.evaluation.harness_report import (
+    _measured,
     browser,
     build_report,
     common_prefix,
@@ -63,6 +65,19 @@ def test_a_guided_page_says_by_what(tmp_path):
     title = "Evaluation of m, guided by CD (0123456789abcdef) at beta 0.3"
     assert f"<title>{title}</title>" in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert markdown(report).startswith(f"# {title}\n")
+
+
+def test_of_lazy_guidance_the_kl_is_not_known(tmp_path):
+    lines = {}
+    for kl in ([[0.5, 1.5]], [[None, None]]):
+        result = replace(result_of(["=-"]), kl=kl)
+        report = build_report(run_of(result), [result])
+        lines[kl[0][0]] = next(line for line in markdown(report).splitlines() if line.startswith("- KL to"))
+        assert _measured(report, result).arms[0].name == "guided"
+        json.dumps(report, allow_nan=False)
+        write_html(tmp_path / "report.html", report, [result])
+    assert lines[None].endswith(": not known (lazy guidance)") and ": 1.000" in lines[0.5]
+    assert _measured(report, result).arms[0].measures == {}
 
 
 def test_the_page_asks_nobody_for_anything(evaluated):

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from posttrain.config import build, read_yaml
+from posttrain.decoding.guidance import Guidance
 from posttrain.errors import UserError
 from posttrain.pipelines import qsharp
 from posttrain.pipelines.pipeline import stages_of
@@ -178,6 +179,7 @@ def test_a_value_model_of_other_settings_is_not_overwritten(finished, tmp_path):
         ({"history": 0}, "history: must be at least 1, got 0"),
         ({"history": 2, "value": ValueTraining(head="v")}, "history: value.head is v, and only shared heads"),
         ({"test_split": "train"}, "test_split: train is the training split too"),
+        ({"guidance": Guidance(lazy=True)}, "guidance.lazy: a run measures the KL of guidance"),
     ],
 )
 def test_settings_are_checked(changes, message):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain.rollouts.engine import Sampling
-from posttrain.rollouts.sampling import Law, _mix, inverse_cdf, noise, truncate
+from posttrain.rollouts.sampling import Law, _mix, gumbel, inverse_cdf, noise, truncate
 
 LAST_UNIFORM = 1 - 2.0**-53
 
@@ -61,6 +61,25 @@ def test_noise_is_uniform_over_tokens_and_over_neighbouring_seeds(over):
 def test_noise_of_a_row_does_not_depend_on_the_other_rows():
     seeds, index = torch.tensor([5, 2**62, 0]), torch.tensor([0, 7, 7])
     assert torch.equal(noise(seeds, index)[1:2], noise(seeds[1:2], index[1:2]))
+
+
+@pytest.mark.parametrize("over", ["seed", "index", "id"])
+def test_every_token_that_could_stand_somewhere_has_noise_of_its_own(over):
+    counters = {name: torch.zeros(20_000, dtype=torch.int64) + 3 for name in ("seed", "index", "id")}
+    counters[over] = torch.arange(20_000)
+    uniforms = noise(*counters.values())
+    assert acceptable(torch.histc(uniforms.float(), 50, 0, 1).tolist(), [1 / 50] * 50)
+    others = (noise(counters["seed"], counters["index"]), uniforms.roll(1))
+    for other in others if over != "id" else others[1:]:
+        assert abs(float(torch.corrcoef(torch.stack((uniforms, other)))[0, 1])) < 0.03
+
+
+def test_the_largest_sum_with_gumbel_noise_is_a_draw():
+    logits = torch.tensor([1.0, -1.0, 0.5, -0.2, -math.inf, 2.0], dtype=torch.float64)
+    noises = gumbel(torch.arange(40_000)[:, None], torch.tensor([[7]]), torch.arange(6)[None])
+    assert noises.shape == (40_000, 6) and noises.isfinite().all()
+    counts = (logits + noises).argmax(-1).bincount(minlength=6).tolist()
+    assert counts[4] == 0 and acceptable(counts, logits.softmax(-1).tolist())
 
 
 @pytest.mark.parametrize(

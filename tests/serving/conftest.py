@@ -18,6 +18,7 @@ import pytest
 import torch
 import uvicorn
 
+from posttrain.decoding.guidance import Guidance
 from posttrain.models.features import FeatureSpec
 from posttrain.models.load import Policy, load_model
 from posttrain.models.probe import Probe, ProbeCard
@@ -62,6 +63,16 @@ def folders(policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> SimpleN
 def catalogue(policy: Policy, folders: SimpleNamespace) -> Catalogue:
     named = [{name: str(folders.root / name) for name in names} for names in (folders.guides, folders.probes)]
     return Catalogue.load(policy, *named, limits=LIMITS, slots=8)
+
+
+@pytest.fixture(scope="session")
+def lazy_catalogue(policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> Catalogue:
+    """One guide, V-type and lazy."""
+    folder = tmp_path_factory.mktemp("v")
+    value = new_value_model(policy, "v", layers=1, zero_init=False)
+    value.head.weight.data *= 40
+    value.save_pretrained(folder)
+    return Catalogue.load(policy, {"v": str(folder)}, {}, Guidance(lazy=True), slots=4)
 
 
 @contextmanager

@@ -117,6 +117,20 @@ def test_with_a_key_it_shows_base_guided_and_best_of_k_side_by_side(http, server
 
 
 @in_browser
+def test_a_lazily_guided_answer_is_shown_as_text_alone(lazy_catalogue, opened):
+    with serving(lazy_catalogue, key=None) as running, httpx.Client(base_url=running.url, timeout=300) as client:
+        page = opened(running.url)
+        page.wait("!ask.hidden")
+        ask(page, temperature=1.3, tokens=40, seed=7, beta=0.05)
+        page.wait("document.querySelectorAll('section').length === 2")
+        text, notes = page.run(
+            "['.text', 'small'].map(name => document.querySelectorAll('section')[1].querySelector(name).textContent)"
+        )
+        assert text == answer(client, guidance={"beta": 0.05})["choices"][0]["message"]["content"]
+        assert notes.endswith("KL not known") and page.run("[error.hidden, legend.hidden]") == [True, True]
+
+
+@in_browser
 def test_a_wrong_key_is_told(server, opened):
     page = opened(server.url)
     page.wait("!unlock.hidden")

@@ -4,6 +4,7 @@ const FULL = 3; // nats at which a colour is at its strongest
 const REACH = 8; // characters of the answer that a token's own name may lack: a space, or a character made of several tokens
 let key = sessionStorage.getItem("key") ?? "";
 let running = null;
+let lazy = []; // guides that tell nothing of their steps
 
 function make(tag, className = "", ...inside) {
   const element = document.createElement(tag);
@@ -44,6 +45,7 @@ async function begin() {
 }
 
 function offer(card) {
+  lazy = card.lazy;
   const list = (kind, names) => `${kind}: ${names.join(", ") || "none"}`;
   $("offer").textContent = [card.id, list("guides", card.guides), list("probes", card.probes)].join(" · ");
   for (const name of card.guides) $("guide").append(new Option(name, name));
@@ -69,7 +71,8 @@ async function ask() {
   };
   const columns = [["Base", { logprobs: true, top_logprobs: 5 }]];
   if (!$("guidance").hidden) {
-    columns.push(["Guided", { guidance: { guide: $("guide").value, beta: number("beta"), explain: true } }]);
+    const guide = $("guide").value;
+    columns.push(["Guided", { guidance: { guide, beta: number("beta"), explain: !lazy.includes(guide) } }]);
   }
   if (!$("rerank").hidden) {
     const rerank = { k: number("k"), ...JSON.parse($("scorer").value) };
@@ -88,7 +91,7 @@ async function ask() {
     $("answers").replaceChildren(
       ...told.map((one, index) => column(columns[index][0], one, index === guidedAt ? fork : -1)),
     );
-    $("legend").hidden = guidedAt < 0;
+    $("legend").hidden = guidedAt < 0 || !guided.length;
   } catch (error) {
     controller.abort();
     if (error.name !== "AbortError") complain(error);
@@ -100,17 +103,18 @@ async function ask() {
 
 // Showing
 
-const tokensOf = (choice) => choice.guidance?.tokens ?? choice.logprobs.content;
+const tokensOf = (choice) => choice.guidance?.tokens ?? choice.logprobs?.content ?? [];
 
 function column(title, told, fork) {
   const choice = told.choices[0];
   const notes = [`${told.usage.completion_tokens} tokens`];
   if (choice.finish_reason === "length") notes.push("cut off");
-  if (choice.guidance) notes.push(`KL ${choice.guidance.kl.toFixed(2)} nats`);
+  if (choice.guidance) notes.push(choice.guidance.kl === null ? "KL not known" : `KL ${choice.guidance.kl.toFixed(2)} nats`);
   const text = make("div", "text");
   const tokens = tokensOf(choice);
   const pieces = spelled(choice.message.content, tokens);
   tokens.forEach((token, index) => text.append(span(token, pieces[index], index === fork)));
+  if (!tokens.length) text.append(choice.message.content);
   const section = make("section", "", make("h2", "", title), make("small", "", notes.join(" · ")), text);
   if (told.rerank) section.append(bars(told.rerank));
   return section;
