@@ -398,7 +398,8 @@ class Work:
             Request(i, prompt.ids, replace(sampling, seed=completion_seed(sampling.seed, prompt.id, 0)), beta)
             for i, prompt in enumerate(prompts)
         ]
-        return sum(done.kl for done in engine.generate(requests)) / len(requests)
+        kls = [done.kl for done in engine.generate(requests) if done.kl is not None]  # all: a run is not lazy
+        return sum(kls) / len(kls)
 
     def _guided(self, number: int, law: Law, beta: float, samples: int | None = None) -> RolloutTable:
         samples = samples or self.config.guided_samples

@@ -122,7 +122,7 @@ def test_a_lazily_guided_answer_is_shown_as_text_alone(lazy_catalogue, opened):
         page = opened(running.url)
         page.wait("!ask.hidden")
         ask(page, temperature=1.3, tokens=40, seed=7, beta=0.05)
-        page.wait("document.querySelectorAll('section').length === 2")
+        page.wait("document.querySelectorAll('section').length === 3")
         text, notes = page.run(
             "['.text', 'small'].map(name => document.querySelectorAll('section')[1].querySelector(name).textContent)"
         )
