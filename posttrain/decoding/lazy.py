@@ -32,36 +32,36 @@ class LazySession(Session):
 
     def guide_step(self, scores: Tensor, temperature: Tensor | None, states: Tensor | None) -> Guided:
         candidates = self._candidates(scores)
-        score = candidates.logprobs.masked_fill(~candidates.valid, -torch.inf) + self._noise(candidates.ids)
-        bounds = [(row.beta, row.tilt) if row else (torch.inf, 0.0) for row in self.rows]
-        beta, last = torch.tensor(bounds, dtype=torch.float64, device=scores.device).T.unsqueeze(-1)
-        most = self.value.span / beta
-        tilt, valued = torch.zeros_like(score), torch.zeros_like(candidates.valid)
+        untilted = candidates.logprobs.masked_fill(~candidates.valid, -torch.inf) + self._noise(candidates.ids)
+        known = [(row.beta, row.tilt) if row else (torch.inf, 0.0) for row in self.rows]
+        beta, last = torch.tensor(known, dtype=torch.float64, device=scores.device).T.unsqueeze(-1)
+        most = self.value.span / beta  # of a tilt; the least is 0
+        tilt, valued = torch.zeros_like(untilted), torch.zeros_like(candidates.valid)
 
         def value(asked: Tensor, read: list[bool]) -> None:
             found = self._value(candidates.ids, asked, read).double()
             tilt[asked] = self.value.log_tilt(found, beta.expand_as(asked)[asked], self.guide.guidance.law)
             valued.logical_or_(asked)
 
-        best = score.amax(-1, keepdim=True) + torch.minimum(last, most)
-        asked = undecided(score, score + most) & (score + most >= best)
+        expected = untilted.amax(-1, keepdim=True) + torch.minimum(last, most)
+        asked = undecided(untilted, untilted + most) & (untilted + most >= expected)
         read = self._to_read(asked.any(-1).tolist())
         if any(read):
             value(asked, read)
-            asked = undecided(score + tilt, score + torch.where(valued, tilt, most)) & ~valued
+            asked = undecided(untilted + tilt, untilted + torch.where(valued, tilt, most)) & ~valued
             if asked.any():
                 value(asked, [False] * len(read))
         self._seen = Seen(candidates.ids, read, valued)
-        return self._drawn(scores, candidates, score + tilt, tilt, valued)
+        return self._drawn(scores, candidates, untilted + tilt, tilt, valued)
 
-    def _drawn(self, scores: Tensor, candidates: Candidates, low: Tensor, tilt: Tensor, valued: Tensor) -> Guided:
-        winner = low.argmax(-1, keepdim=True)
+    def _drawn(self, scores: Tensor, candidates: Candidates, tilted: Tensor, tilt: Tensor, valued: Tensor) -> Guided:
+        winner = tilted.argmax(-1, keepdim=True)
         told = torch.cat((tilt.gather(1, winner), valued.gather(1, winner)), 1).tolist()
         for row, (found, known) in zip(self.rows, told, strict=True):
             if row and known:
                 row.tilt = found
         ids, kl = candidates.ids.gather(1, winner), torch.full_like(tilt[:, 0], torch.nan)
-        certain = (low.gather(1, winner) * 0).to(scores.dtype)  # its logarithm: 0, or NaN where a value is
+        certain = (tilted.gather(1, winner) * 0).to(scores.dtype)  # log 1, and NaN where a value is not a number
         if None not in self.rows:
             return Guided(certain, ids, kl, candidates.total)
         free = torch.tensor([row is None for row in self.rows], device=scores.device)
