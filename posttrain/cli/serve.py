@@ -125,8 +125,9 @@ def _vllm(
     policy, guidance = load_tokenizer(args.model), Guidance(args.candidates, lazy=args.lazy)
     served = {name: load_vllm_guide(folder, policy, guidance) for name, folder in guides.items()}
     heads = {name: Probe.from_pretrained(folder, policy.fingerprint) for name, folder in probes.items()}
-    # In a process of its own, as in vLLM's own server: this one is busy with its clients.
+    # In a process of its own, as in vLLM's own server: this one is busy with its clients. Spawned, it ends with this one.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     signal.signal(signal.SIGTERM, _interrupt)  # or that process would outlive this one
     engine = stack.enter_context(
         VLLMEngine(

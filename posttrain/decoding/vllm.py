@@ -11,7 +11,11 @@ own:
 """
 
 import json
+import multiprocessing
+import os
+import threading
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -125,6 +129,22 @@ def register() -> None:
     from vllm import ModelRegistry
 
     ModelRegistry.register_model(ARCHITECTURE, MODEL)
+    _end_with_parent()
+
+
+@cache
+def _end_with_parent() -> None:
+    """vLLM's workers end when its engine does, but the engine, in a process of its own, would outlive whoever started it and was
+    killed, and keep the GPU. A forked process is not asked: `register` was called before it was there."""
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    if parent is not None:
+        threading.Thread(target=follow, name="parent", daemon=True).start()
 
 
 def processors() -> list[str | type[Any]]:

@@ -198,6 +198,7 @@ def options(
 def prepare_environment() -> None:
     """Before vLLM is imported."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # on CPU: the worker lives in the engine's process
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # so that the engine ends with this process
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_CACHE_GIB)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout has one line: that it is ready
