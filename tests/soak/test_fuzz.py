@@ -16,7 +16,7 @@ from tests.serving.conftest import KEY, catalogue, folders, policy, server  # no
 from tests.serving.test_app import ASKED, CHAT, PLAIN, is_error_object
 from tests.soak.sizes import size
 
-CASES = size(60, 1000)
+CASES = size(60, 1200)
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 CHECKS = [not_a_server_error, content_type_conformance, response_schema_conformance]
 
