@@ -67,6 +67,7 @@ def test_n_is_of_the_completions_that_there_are(table, n):
 def test_the_rows_are_those_of_supervised_fine_tuning(table, tmp_path):
     policy = load_model("tiny", "cpu", "float32")
     rows = bon_distill(table, [by_first_token], n=3)
-    trainer = sft_trainer(policy.model, policy.tokenizer, rows, BaselineTraining(batch_size=2), tmp_path / "run")
+    training = BaselineTraining(batch_size=2, epochs=1)
+    trainer = sft_trainer(policy.model, policy.tokenizer, rows, training, tmp_path / "run")
     trainer.train()
     assert trainer.state.global_step == 1 and math.isfinite(trainer.state.log_history[-1]["train_loss"])
