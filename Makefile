@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test test-fast soak browser lint eval clean
+.PHONY: help demo test test-fast coverage soak browser lint eval clean
 
 help:
 	@echo "make demo       the whole path on the embedded model; writes runs/demo/report.html"
 	@echo "            (FAST=1: less of it, in runs/demo-fast)"
 	@echo "make test       lint and every test, with the real vLLM and DeepSpeed"
 	@echo "make test-fast  lint and the tests that take under two minutes"
+	@echo "make coverage   every test, and the share of lines that they run; fails under 90 %"
 	@echo "make soak       the long checks whole, hours; make test has a short instance of each"
 	@echo "make lint       ruff and mypy"
 	@echo "make eval       benchmarks of the harness on the embedded model"
@@ -65,6 +66,9 @@ test-fast: $(VENV)/.dev lint
 
 test: $(VENV)/.engines browser lint
 	$(PYTEST)
+
+coverage: $(VENV)/.engines browser
+	$(PYTEST) --cov --cov-report=term --cov-fail-under=90
 
 soak: $(VENV)/.engines browser
 	POSTTRAIN_SOAK=1 CHAOS_KILLS=10 OMP_NUM_THREADS=1 $(BIN)/pytest -s tests/soak tests/pipelines/test_chaos.py tests/pipelines/test_qsharp.py tests/recipes/test_dqo.py
