@@ -25,7 +25,7 @@ from typing import Any
 
 import yaml
 
-from posttrain.errors import UserError
+from posttrain.errors import UserError, why_unwritten
 from posttrain.provenance import plain, versions, write_json, write_text
 
 STATUS, CONFIG, ATTEMPTS, METRICS, EVENTS, LOCK = (
@@ -277,7 +277,9 @@ def _is_locked(path: Path) -> bool:
 
 def _reason(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    return text if isinstance(error, UserError) and text else f"{type(error).__name__}: {text}".removesuffix(": ")
+    if isinstance(error, UserError) and text:
+        return text
+    return why_unwritten(error) or f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from posttrain import __version__
-from posttrain.errors import Terminated, UserError, nearest
+from posttrain.errors import Terminated, UserError, nearest, why_unwritten
 from posttrain.pipelines.ranks import is_lost_peer, let_the_first_speak, rank
 from posttrain.record import recording
 
@@ -73,11 +73,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"posttrain: {'terminated' if terminated else 'interrupted'}; what is finished is kept", file=sys.stderr
             )
         return 143 if terminated else 130
-    except Exception as error:  # a bug, or what follows from another process's error
+    except Exception as error:  # a bug, a full disk again, or what follows from another process's error
         let_the_first_speak()
-        if not is_lost_peer(error):
+        if reason := why_unwritten(error):
+            reason = f"system: {reason}"
+        elif is_lost_peer(error):
+            reason = "launch: another process has ended; the last checkpoint is kept"
+        else:
             raise
-        print("posttrain: error: launch: another process has ended; the last checkpoint is kept", file=sys.stderr)
+        print(f"posttrain: error: {reason}", file=sys.stderr)
         return 2
 
 

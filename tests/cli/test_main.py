@@ -2,6 +2,7 @@ import subprocess
 import sys
 
 import pytest
+from safetensors import SafetensorError
 
 from posttrain.cli import main as cli
 from posttrain.errors import UserError
@@ -56,6 +57,39 @@ def test_a_user_error_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(cli, "_dispatch", dispatch)
     assert cli.main([]) == 2
     assert capsys.readouterr().err == "posttrain: error: out: nowhere\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device"), "system: No space left on device"),
+        (PermissionError(13, "Permission denied", "a/file"), "a/file: Permission denied"),
+        (
+            SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            "system: No space left on device (os error 28)",
+        ),
+        (RuntimeError("basic_ios::clear: iostream error"), "system: torch could not write a file; is the disk full?"),
+    ],
+)
+def test_what_cannot_be_written_is_one_line(error, said, monkeypatch, capsys):
+    def dispatch(_):
+        raise error
+
+    monkeypatch.setattr(cli, "_dispatch", dispatch)
+    assert cli.main([]) == 2
+    assert capsys.readouterr().err == f"posttrain: error: {said}\n"
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUDA out of memory"), SafetensorError("invalid header"), ValueError("x")]
+)
+def test_a_bug_is_not_hidden(error, monkeypatch):
+    def dispatch(_):
+        raise error
+
+    monkeypatch.setattr(cli, "_dispatch", dispatch)
+    with pytest.raises(type(error)):
+        cli.main([])
 
 
 def test_the_version_is_the_package_s():
