@@ -62,6 +62,9 @@ RENAMED = {  # our setting -> TRL's
 }
 
 
+LOSSES = ("grpo", "dr_grpo", "bnpo", "dapo", "cispo", "luspo", "sapo", "vespo")  # TRL's
+
+
 @dataclass(frozen=True)
 class GRPOLambdaTraining:
     """How the policy is trained; the defaults are the embedded model's, those of the gate our own for all."""
@@ -96,9 +99,16 @@ class GRPOLambdaTraining:
     trl: dict[str, Any] = field(default_factory=dict, metadata={"help": "any other argument of TRL's GRPOConfig"})
 
     def __post_init__(self) -> None:
-        for name in ("steps", "prompts_per_step", "samples", "batch_size"):
+        for name in ("steps", "prompts_per_step", "samples", "batch_size", "max_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "temperature"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name}: must be positive and finite, got {getattr(self, name)}")
+        if self.loss_type not in LOSSES:
+            raise UserError(f"loss_type: must be one of {', '.join(LOSSES)}, got {self.loss_type!r}")
+        if not 0 <= self.beta < math.inf:
+            raise UserError(f"beta: must be 0 (no KL) or positive, and finite, got {self.beta}")
         if self.samples < 2:
             raise UserError("samples: must be at least 2; a completion is compared with its group")
         if self.prompts_per_step * self.samples % self.batch_size:

@@ -156,6 +156,11 @@ def test_the_recipes_are_ones(recipe):
     [
         ("training: {samples: 1, batch_size: 1}", "training.samples: must be at least 2"),
         ("training: {batch_size: 7}", "training.batch_size: must divide prompts_per_step"),
+        ("training: {learning_rate: -1}", "training.learning_rate: must be positive and finite, got -1.0"),
+        ("training: {temperature: 0}", "training.temperature: must be positive and finite, got 0.0"),
+        ("training: {beta: -1}", "training.beta: must be 0"),
+        ("training: {max_tokens: 0}", "training.max_tokens: must be at least 1, got 0"),
+        ("training: {loss_type: dr_grppo}", "training.loss_type: must be one of"),
         ("training: {alpha: 2}", "alpha: must be between 0 and 1, got 2.0"),
         ("training: {gate_fraction: -1}", "gate_fraction: must be between 0 and 1, got -1.0"),
         (
