@@ -80,8 +80,12 @@ class Candidates:
     def of(cls, scores: Tensor, guidance: Guidance) -> "Candidates":
         """scores: float32 [rows, vocab], logits over temperature."""
         top = scores.topk(min(guidance.candidates, scores.shape[-1]), dim=-1)
-        total = scores.logsumexp(-1)
-        logprobs = top.values.double() - total.double().unsqueeze(-1)
+        best = top.values[:, :1]
+        # Relative to the best, and summed in float64: a float32 total of logits near 20 is 1e-6 off, and where the mass stands so
+        # near to 1 - delta two engines would have different candidates.
+        rest = (scores - best).exp().sum(-1, keepdim=True, dtype=torch.float64).log()
+        total = (best.double() + rest).squeeze(-1).to(scores.dtype)
+        logprobs = (top.values - best).double() - rest
         mass = logprobs.exp()
         above = mass.cumsum(-1) - mass
         # A mass of 1 by rounding is not all: a tilt can lift what is below the precision of the logits.

@@ -152,3 +152,20 @@ def test_tokens_that_do_not_exist_stay_so():
     for outside in ("mask", "zero_tilt"):
         guided, kl = guide(scores, candidates, torch.ones(1, 4), outside)
         assert (guided[0, [1, 3]] == -torch.inf).all() and kl.item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_threshold_is_that_of_the_logits_as_they_are_however_large():
+    """Rows whose best token leaves about delta, to within a thousandth of it: with the mass of a float32
+    logsumexp, rounding would decide, and differently in every engine."""
+    generator = torch.Generator().manual_seed(0)
+    delta, rows = 1e-4, 4000
+    left = delta * (1 + 1e-3 * (2 * torch.rand(rows, generator=generator, dtype=torch.float64) - 1))
+    best = 5 + 25 * torch.rand(rows, generator=generator, dtype=torch.float64)
+    others = best + torch.log(left / (1 - left)) - torch.tensor([[2.0], [2.0]], dtype=torch.float64).log()
+    scores = torch.stack([best, *others], -1).float()
+    exact = torch.softmax(scores.double(), -1)[:, 1:].sum(-1)  # of the rounded logits
+    away = (exact - delta).abs() > 1e-5 * delta
+    found = Candidates.of(scores, Guidance(delta=delta))
+    assert away.sum() > rows / 2
+    assert torch.equal(found.valid[away, 1], (exact > delta)[away])
+    torch.testing.assert_close(found.logprobs.exp().sum(-1), torch.ones(rows, dtype=torch.float64), atol=1e-9, rtol=0)
