@@ -25,7 +25,9 @@ from posttrain.rollouts.table import read_table
 from posttrain.rollouts.transformers import TransformersEngine
 from tests.serving.services import Service
 
-GUIDANCE = Guidance(candidates=12, delta=0.0)  # no threshold, at which two engines may differ
+# At a threshold two engines differ where their rounding decides which side a token is on: a token of mass delta that one of them
+# leaves out has there up to delta * exp(1 / beta) of the guided law's weight. So the mass is summed in float64.
+GUIDANCE = Guidance(candidates=12, delta=1e-4)
 VALUE = ValueTraining(head="q", layers=1, zero_init=False, epochs=1, learning_rate=1e-3, head_learning_rate=3e-2)
 SMALL = {"max_tokens": 120, "slots": 32, "device": "cpu"}
 
