@@ -66,9 +66,8 @@ def sampled(policy: Policy, prompts: int, out: Path, seed: int) -> RolloutTable:
 def composed(tmp_path_factory: pytest.TempPathFactory) -> Composed:
     root = tmp_path_factory.mktemp("composed")
     base = load_model("tiny", "cpu", "float32")
-    training = DQOTraining(
-        critic_warmup_steps=5, epochs=1
-    )  # better than the base, and not so good that nothing is left to do
+    # Better than the base, and not so good that nothing is left to do.
+    training = DQOTraining(critic_warmup_steps=5, epochs=1)
     dqo.train(base, sampled(base, 60, root / "base", 1), training, root / "policy", say=silent)
 
     policy = load_model(str(root / "policy"), "cpu", "float32")
@@ -134,9 +133,7 @@ def test_every_combination_is_as_right_as_offline_and_in_the_same_order(composed
     for one, other in itertools.combinations(COMBINATIONS, 2):
         offline = paired_comparison(arms[one].per_problem, arms[other].per_problem)
         shares = [arms[name].accuracy for name in (one, other)]
-        least = SIGMAS * np.sqrt(
-            sum(share * (1 - share) for share in shares) / PROMPTS
-        )  # what chance alone may hide here
+        least = SIGMAS * np.sqrt(sum(share * (1 - share) for share in shares) / PROMPTS)  # what chance may hide here
         if offline.low <= 0 <= offline.high or abs(offline.difference) < least:
             continue
         assert (found[one].mean() - found[other].mean()) * offline.difference > 0, (one, other)
