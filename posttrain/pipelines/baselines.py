@@ -17,9 +17,10 @@ from posttrain.data.load import Row
 from posttrain.errors import UserError
 from posttrain.evaluation.arms import Arm, policy_arm
 from posttrain.models.load import Policy, load_model, set_aside
+from posttrain.pipelines.checkpoints import last_checkpoint
 from posttrain.pipelines.ranks import Ranks, release
 from posttrain.pipelines.rollout import RolloutConfig, rollout
-from posttrain.pipelines.value_training import MADE_BY, last_checkpoint
+from posttrain.pipelines.value_training import MADE_BY
 from posttrain.provenance import hash_json, plain, versions, write_json
 from posttrain.rollouts.table import RolloutTable
 from posttrain.trainers.baselines import TRAINERS, BaselineTraining, Method

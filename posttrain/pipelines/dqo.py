@@ -31,10 +31,10 @@ from posttrain.models.load import Policy, load_model, load_tokenizer, set_aside
 from posttrain.models.probe import Probe
 from posttrain.pipelines import baselines
 from posttrain.pipelines.baselines import Baseline
+from posttrain.pipelines.checkpoints import last_checkpoint
 from posttrain.pipelines.engines import EngineName, Sampler
 from posttrain.pipelines.ranks import Ranks, release
 from posttrain.pipelines.rollout import RolloutConfig, check_overlap, lengths_by_verdict, rollout
-from posttrain.pipelines.value_training import last_checkpoint
 from posttrain.provenance import hash_files, hash_json, plain, versions, write_json
 from posttrain.rollouts.collect import reserved
 from posttrain.rollouts.engine import Sampling

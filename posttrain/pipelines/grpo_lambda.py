@@ -34,10 +34,10 @@ from posttrain.evaluation.plots import length_histogram, step_curves
 from posttrain.evaluation.report import Figure, write_report
 from posttrain.model_card import write_card
 from posttrain.models.load import Policy, load_model, load_tokenizer, set_aside
+from posttrain.pipelines.checkpoints import last_checkpoint
 from posttrain.pipelines.engines import KEY, Sampler
 from posttrain.pipelines.ranks import Ranks, release
 from posttrain.pipelines.rollout import RolloutConfig, check_overlap, lengths_by_verdict, rollout
-from posttrain.pipelines.value_training import last_checkpoint
 from posttrain.provenance import hash_json, plain, versions, write_json
 from posttrain.rewards.math import grade
 from posttrain.rollouts.collect import reserved

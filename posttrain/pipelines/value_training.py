@@ -4,20 +4,17 @@ import itertools
 import json
 import shutil
 import time
-import warnings
-import zipfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import SafetensorError, safe_open
-
 from posttrain.config import within
 from posttrain.errors import UserError
 from posttrain.models.load import Policy
 from posttrain.models.value import Head, base_fingerprint, new_value_model
+from posttrain.pipelines.checkpoints import last_checkpoint
 from posttrain.pipelines.ranks import Ranks, release
 from posttrain.provenance import hash_json, plain, versions, write_json
 from posttrain.rollouts.collect import reserved
@@ -184,28 +181,3 @@ def _train(
         write_json(folder / MADE_BY, made)
         shutil.rmtree(scratch, ignore_errors=True)
     return made
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint; transformers writes its trainer state last, so that one without it was interrupted. One
-    with a damaged file is passed over, with a warning."""
-    written = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    for checkpoint in sorted(written, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-        damaged = next((path for path in sorted(checkpoint.rglob("*")) if _is_damaged(path)), None)
-        if damaged is None:
-            return str(checkpoint)
-        warnings.warn(f"{damaged} is damaged; going on from the checkpoint before it, or anew", stacklevel=2)
-    return None
-
-
-def _is_damaged(path: Path) -> bool:
-    """Whether a file of a checkpoint is cut off or of another kind; its numbers are not looked at."""
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt"):  # compares the sizes in the header with the file's
-                return False
-        if path.name == "trainer_state.json":
-            json.loads(path.read_text(encoding="utf-8"))
-    except (SafetensorError, ValueError):
-        return True
-    return path.suffix in (".pt", ".pth") and not zipfile.is_zipfile(path)  # torch's; the index stands at the end

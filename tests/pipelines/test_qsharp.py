@@ -2,13 +2,10 @@
 
 import json
 import shutil
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from posttrain.config import build, read_yaml
 from posttrain.decoding.guidance import Guidance
@@ -17,7 +14,7 @@ from posttrain.pipelines import qsharp
 from posttrain.pipelines.pipeline import stages_of
 from posttrain.pipelines.qsharp import QSharpConfig, Work, run
 from posttrain.pipelines.recipe import read
-from posttrain.pipelines.value_training import ValueTraining, last_checkpoint
+from posttrain.pipelines.value_training import ValueTraining
 from posttrain.rollouts.table import read_table
 from recipes.qsharp.study import print_study, study
 from tests.soak.sizes import size
@@ -104,39 +101,6 @@ def test_a_half_saved_value_model_guides_nothing(tmp_path):
     (tmp_path / "round-1" / "value" / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"round 1 has no value model in .*; train it first"):
         work.guide(1)
-
-
-def test_an_interrupted_checkpoint_is_not_gone_on_from(tmp_path):
-    """transformers writes the trainer's state last."""
-    assert last_checkpoint(tmp_path / "nothing") is None
-    for step in (9, 10, 11):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "model.safetensors").touch()
-    assert last_checkpoint(tmp_path) is None
-    for step in (9, 10):
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
-        save_file({"weight": torch.ones(8)}, tmp_path / f"checkpoint-{step}" / "model.safetensors")
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
-
-
-@pytest.mark.parametrize(
-    "name", ["model.safetensors", "critic/model.safetensors", "optimizer.pt", "trainer_state.json"]
-)
-def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, name):
-    for step in (9, 10):
-        folder = tmp_path / f"checkpoint-{step}"
-        (folder / "critic").mkdir(parents=True)
-        (folder / "trainer_state.json").write_text('{"global_step": 1}')
-        torch.save({"exp_avg": torch.ones(8)}, folder / "optimizer.pt")
-        for place in (folder, folder / "critic"):
-            save_file({"weight": torch.ones(8)}, place / "model.safetensors")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
-    damaged = tmp_path / "checkpoint-10" / name
-    damaged.write_bytes(damaged.read_bytes()[:-9])
-    with pytest.warns(UserWarning, match=f"checkpoint-10/{name} is damaged"):
-        assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
 
 
 def test_stages_alone_make_what_the_whole_run_makes(finished, tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from posttrain.pipelines.value_training import last_checkpoint
+from posttrain.pipelines.checkpoints import last_checkpoint
 from posttrain.trainers.dqo import DQOConfig, DQOTrainer, labelled
 from tests.trainers.ranks_dqo import actor_critic, examples
 

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from posttrain.models.load import load_model
-from posttrain.pipelines.value_training import last_checkpoint
+from posttrain.pipelines.checkpoints import last_checkpoint
 from posttrain.trainers.engine_rollouts import engine_rollouts
 from posttrain.trainers.grpo_lambda import GRPOLambdaConfig, GRPOLambdaTrainer
 from tests.trainers.test_grpo_lambda import arguments, data, verdicts
