@@ -1,5 +1,5 @@
 """What a transformers Trainer logs, in the record of the run and wherever else it reports to; its progress on a terminal; what
-SIGTERM does to it."""
+SIGTERM does to it; and in which order one that was ended in the middle of an epoch goes on."""
 
 import signal
 from collections.abc import Iterator, Mapping
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_callback import ExportableState
 
 from posttrain import record
 from posttrain.errors import Terminated
@@ -31,6 +32,7 @@ def follow(trainer: Any, folder: Path, shown: Mapping[str, str] = LOSS) -> Itera
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(_Progress(folder.name, shown, stack))
         trainer.add_callback(_Stop(stack))
+        trainer.add_callback(_Order())
         run = record.current()
         if run is not None:
             events = run.folder / record.EVENTS / run.part(folder)
@@ -44,7 +46,8 @@ def follow(trainer: Any, folder: Path, shown: Mapping[str, str] = LOSS) -> Itera
 class _Stop(TrainerCallback):
     """At SIGTERM, which clusters send before they kill: a checkpoint after the step under way, and then `Terminated`, in all
     processes after the same step; a second SIGTERM ends the process at once. (transformers' own, enable_jit_checkpoint, saves
-    in the middle of a step, each process when it likes, and ends as if the training were finished.)"""
+    in the middle of a step, each process when it likes, and ends as if the training were finished.) What is logged next, once
+    the training goes on, is a mean over the steps since."""
 
     def __init__(self, stack: ExitStack) -> None:
         self.stack = stack
@@ -63,6 +66,10 @@ class _Stop(TrainerCallback):
         if self.asked:
             control.should_save = control.should_training_stop = True
 
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.asked and state.epoch % 1:  # transformers ends it early
+            control.should_log = control.should_save = control.should_evaluate = False
+
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.asked:
             raise Terminated
@@ -70,6 +77,27 @@ class _Stop(TrainerCallback):
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
         signal.signal(signal.SIGTERM, self.before)
+
+
+class _Order(TrainerCallback, ExportableState):
+    """Some samplers draw an epoch's order from torch's generator. In the middle of an epoch a training goes on in the same order,
+    as a checkpoint knows where the generator stood when the epoch began."""
+
+    def __init__(self) -> None:
+        self.epoch, self.generator = -1, ""
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"epoch": self.epoch, "generator": self.generator}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        begun = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]
+        self.epoch, self.generator = begun["epoch"], begun["generator"]
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        epoch = int(state.epoch or 0)
+        if epoch == self.epoch:  # it has begun before
+            torch.set_rng_state(torch.tensor(list(bytes.fromhex(self.generator)), dtype=torch.uint8))
+        self.epoch, self.generator = epoch, bytes(torch.get_rng_state().tolist()).hex()
 
 
 class _Record(TrainerCallback):

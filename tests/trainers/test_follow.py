@@ -16,7 +16,7 @@ class Line(torch.nn.Module):
         super().__init__()
         self.slope = torch.nn.Parameter(torch.zeros(1))
 
-    def forward(self, x, labels):
+    def forward(self, x, labels, input_ids):
         return {"loss": ((self.slope * x - labels) ** 2).mean()}
 
 
@@ -26,12 +26,13 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def training(folder):
+def training(folder, order="random"):
     arguments = TrainingArguments(
         str(folder / "scratch"), max_steps=8, logging_steps=1, save_steps=2, use_cpu=True, report_to="none",
-        disable_tqdm=True, learning_rate=0.1,
+        disable_tqdm=True, learning_rate=1e-3, optim="sgd", max_grad_norm=0, train_sampling_strategy=order,
     )  # fmt: skip
-    data = [{"x": torch.tensor([float(i)]), "labels": torch.tensor([2.0 * i])} for i in range(16)]
+    numbers = [torch.tensor([float(i)]) for i in range(16)]
+    data = [{"x": x, "labels": 2 * x, "input_ids": torch.zeros(1)} for x in numbers]
     return Trainer(Line(), arguments, train_dataset=data)
 
 
@@ -81,20 +82,22 @@ class Terminate(TrainerCallback):
             signal.raise_signal(signal.SIGTERM)
 
 
-def test_sigterm_leaves_a_checkpoint_of_the_step_under_way_from_which_the_training_goes_on(tmp_path):
+@pytest.mark.parametrize("order", ["random", "group_by_length"])
+def test_sigterm_leaves_a_checkpoint_of_the_step_under_way_from_which_the_training_goes_on(order, tmp_path):
+    """In the middle of the third epoch, whose order is drawn from torch's generator where it is by length."""
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        whole = training(tmp_path / "whole")
+        whole = training(tmp_path / "whole", order)
         with follow(whole, tmp_path / "whole" / "policy"):
             whole.train()
         with pytest.raises(Terminated):
-            trainer = training(tmp_path / "parts")
+            trainer = training(tmp_path / "parts", order)
             with follow(trainer, tmp_path / "parts" / "policy"):
                 trainer.add_callback(Terminate())
                 trainer.train()
         assert trainer.state.global_step == 5 and (tmp_path / "parts" / "scratch" / "checkpoint-5").is_dir()
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
-        trainer = training(tmp_path / "parts")
+        trainer = training(tmp_path / "parts", order)
         with follow(trainer, tmp_path / "parts" / "policy"):
             trainer.train(resume_from_checkpoint=True)
     finally:
