@@ -263,6 +263,11 @@ class GRPOLambdaTrainer(GRPOTrainer):
         alpha = args.alpha if args.length_reward == "group_gated" else float(args.gate_fraction > 0)
         return args.gate_fraction * _ramp(step, args.gate_ramp_steps), alpha * _ramp(step, args.alpha_ramp_steps)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """From a checkpoint of the last step transformers would take one more."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
     def _get_train_sampler(self, dataset: Any = None) -> Sampler:
         return EpochOrder(super()._get_train_sampler(dataset), lambda: int(self.state.epoch or 0))
 
