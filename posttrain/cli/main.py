@@ -4,14 +4,19 @@ import argparse
 import importlib
 import itertools
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
+from typing import TextIO
 
 from posttrain import __version__
 from posttrain.errors import Terminated, UserError, nearest, why_unwritten
 from posttrain.pipelines.ranks import is_lost_peer, let_the_first_speak, rank
 from posttrain.record import recording
 
+PACKAGE = Path(__file__).parents[1]
 LEAD = "Value-based post-training of language models: sample, grade, learn, guide, measure."
 # name -> one-line help; the module posttrain.cli.<name>, with _ for -, holds add_arguments(parser) and run(args)
 COMMANDS = {
@@ -54,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     A mistake is one line on stderr, of several processes together.
     """
     try:
-        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+        with _short_warnings():
+            return _dispatch(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
         let_the_first_speak()
         print(f"posttrain: error: {error}", file=sys.stderr)
@@ -83,6 +89,29 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"posttrain: error: {reason}", file=sys.stderr)
         return 2
+
+
+@contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Our own warnings are one line, as errors are, and of several processes together; a library's are left as they are."""
+    with warnings.catch_warnings():
+        before = warnings.showwarning
+
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if not Path(filename).is_relative_to(PACKAGE):
+                before(message, category, filename, lineno, file, line)
+            elif rank() == 0:
+                print(f"posttrain: warning: {message}", file=sys.stderr)
+
+        warnings.showwarning = show
+        yield
 
 
 def command_of(name: str) -> tuple[ModuleType, argparse.ArgumentParser]:
