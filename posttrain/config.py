@@ -1,10 +1,11 @@
 """YAML files and command-line overrides into frozen dataclasses, with errors that name the field."""
 
 import dataclasses
+import enum
 import types
 import typing
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,7 +61,7 @@ def _build(cls: Any, values: dict[str, Any], prefix: str) -> Any:
     arguments = {}
     for name, field in fields.items():
         if name in values:
-            arguments[name] = _convert(hints[name], values[name], f"{prefix}{name}")
+            arguments[name] = convert(hints[name], values[name], f"{prefix}{name}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise UserError(f"{prefix}{name}: missing")
     with within(prefix):
@@ -76,13 +77,25 @@ def within(prefix: str) -> Iterator[None]:
         raise UserError(f"{prefix}{error}") from None
 
 
-def _convert(hint: Any, value: Any, field: str) -> Any:
+def convert(hint: Any, value: Any, field: str) -> Any:
+    """A value as a field of this type takes it, as in `build`; of an enumeration the member that has it, also where plain
+    text is allowed beside it. Errors: UserError naming the field."""
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         options = typing.get_args(hint)
         if value is None and type(None) in options:
             return None
-        return _convert(next(option for option in options if option is not type(None)), value, field)
+        options = tuple(option for option in options if option is not type(None))
+        options = tuple(option for option in options if isinstance(option, enum.EnumType)) or options
+        if len(options) == 1:
+            return convert(options[0], value, field)
+        for option in options:
+            with suppress(UserError):
+                return convert(option, value, field)
+        names = " or ".join((typing.get_origin(option) or option).__name__ for option in options)
+        raise UserError(f"{field}: must be of type {names}, got {value!r}")
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return hint(convert(typing.Literal[tuple(member.value for member in hint)], value, field))
     if origin is typing.Literal:
         if value not in typing.get_args(hint):
             choices = list(map(str, typing.get_args(hint)))
@@ -93,7 +106,9 @@ def _convert(hint: Any, value: Any, field: str) -> Any:
     if origin in (list, tuple):
         if not isinstance(value, (list, tuple)):
             raise UserError(f"{field}: must be a list, got {value!r}")
-        return origin(_convert(typing.get_args(hint)[0], item, f"{field}[{i}]") for i, item in enumerate(value))
+        return origin(convert(typing.get_args(hint)[0], item, f"{field}[{i}]") for i, item in enumerate(value))
+    if dict in (hint, origin) and not isinstance(value, dict):
+        raise UserError(f"{field}: must be a mapping, got {value!r}")
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise UserError(f"{field}: must be a mapping, got {value!r}")

@@ -1,9 +1,10 @@
+import enum
 from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
 
-from posttrain.config import build, read_yaml
+from posttrain.config import build, convert, read_yaml
 from posttrain.errors import UserError
 
 
@@ -74,6 +75,21 @@ def test_yaml_exponents_are_numbers(tmp_path):
 def test_errors_name_the_field(values, message):
     with pytest.raises(UserError, match=message):
         build(Outer, values)
+
+
+class Shape(enum.Enum):
+    ROUND = "round"
+    SQUARE = "square"
+
+
+def test_of_several_types_the_first_that_fits_is_taken():
+    assert convert(str | list[float] | None, ["1e-1"], "x") == [0.1]
+    assert convert(dict[str, int] | str, {"a": 1}, "x") == {"a": 1}
+    assert convert(Shape | str, "round", "x") is Shape.ROUND
+    with pytest.raises(UserError, match=r"^x: must be of type str or list, got 3"):
+        convert(str | list[float] | None, 3, "x")
+    with pytest.raises(UserError, match=r"^x: must be one of round, square, got 'rund' \(did you mean round\?\)"):
+        convert(Shape | str, "rund", "x")
 
 
 @pytest.mark.parametrize("text", ["- 1\n- 2\n", "a: [1\n", "\x00"])

@@ -15,6 +15,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import time
 import warnings
@@ -23,8 +24,9 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
+from posttrain.config import convert
 from posttrain.data.load import Row
 from posttrain.data.prompts import messages_for
 from posttrain.errors import UserError, nearest
@@ -40,7 +42,7 @@ from posttrain.pipelines.ranks import Ranks, release
 from posttrain.pipelines.rollout import RolloutConfig, check_overlap, lengths_by_verdict, rollout
 from posttrain.provenance import hash_json, plain, versions, write_json
 from posttrain.rewards.math import grade
-from posttrain.rollouts.collect import reserved
+from posttrain.rollouts.collect import prompts_for, reserved
 from posttrain.rollouts.engine import Sampling
 from posttrain.rollouts.table import RolloutTable, read_table
 
@@ -214,7 +216,10 @@ def run(
     check_overlap([*rows, *held_out], test_rows)
     for arm in config.arms:
         arguments(config, arm, out, ranks.use_cpu, ranks.count)  # refused now, not after a minute of sampling
+    if ranks.first and (idle := _without_penalty(config)):
+        warnings.warn(idle, stacklevel=2)
     policy = load_model(config.model, ranks.device, "float32") if ranks.first else load_tokenizer(config.model)
+    _check_room(config, policy, [*rows, *held_out])
     say(f"{config.test_split}: {config.test_samples} completions of each of {len(test_rows)} prompts")
     base = ranks.alone(
         lambda: (
@@ -238,6 +243,29 @@ def run(
     for name, made in training.items():
         arms[name] = policy_arm(name, ARMS[name][0], tables[name], made["seconds"])
     return GRPOLambdaRun(config, policy, arms, training, tables)
+
+
+def _without_penalty(config: GRPOLambdaRunConfig) -> str | None:
+    """Why no step of this training has the penalty that it is configured for; None where some have."""
+    training = config.training
+    penalised = [arm for arm in config.arms if (own := _settings(config, arm)).gate_fraction * own.alpha > 0]
+    if not penalised or training.penalty_warmup_steps < training.steps:
+        return None
+    return (
+        f"training.penalty_warmup_steps: {training.penalty_warmup_steps} steps without a penalty are all of the "
+        f"{training.steps} steps, so that lengths are never rewarded; give fewer"
+    )
+
+
+def _check_room(config: GRPOLambdaRunConfig, policy: Policy, rows: Sequence[Row]) -> None:
+    """Errors: UserError unless training's completions fit into the model's context behind each of these prompts."""
+    prompts = prompts_for(rows, policy.tokenizer, _plan(config, config.train_split, 1).template)
+    longest = max(len(prompt.ids) for prompt in prompts)
+    if longest + config.training.max_tokens > policy.context:
+        raise UserError(
+            f"training.max_tokens: {config.training.max_tokens} do not fit into the model's context of {policy.context} "
+            f"behind the longest prompt, of {longest} tokens; at most {max(policy.context - longest, 0)} do"
+        )
 
 
 def _measured(
@@ -414,10 +442,14 @@ def arguments(config: GRPOLambdaRunConfig, arm: str, folder: Path, use_cpu: bool
             f"training.batch_size: in {processes} processes {together} completions go forward at once; that must divide "
             f"prompts_per_step * samples, {completions}"
         )
-    own = {
-        RENAMED.get(entry.name, entry.name): getattr(settings, entry.name)
+    hints = get_type_hints(GRPOLambdaConfig)
+    names = {
+        entry.name: RENAMED.get(entry.name, entry.name)
         for entry in dataclasses.fields(settings)
         if entry.name not in ("prompts_per_step", "lora_rank", "trl")
+    }
+    own = {
+        theirs: convert(hints[theirs], getattr(settings, name), f"training.{name}") for name, theirs in names.items()
     }
     own |= {
         "output_dir": str(folder),
@@ -437,12 +469,16 @@ def arguments(config: GRPOLambdaRunConfig, arm: str, folder: Path, use_cpu: bool
         if name not in known:
             told = "is a setting of ours" if name in own else f"no argument of TRL's GRPOConfig{nearest(name, known)}"
             raise UserError(f"training.trl.{name}: {told}")
+    others = {name: convert(hints[name], value, f"training.trl.{name}") for name, value in settings.trl.items()}
     quiet = {"report_to": "none", "disable_tqdm": True, "logging_steps": 1}
     saving = {"save_strategy": "steps", "save_steps": 20, "save_total_limit": 2}
     try:
-        made = GRPOLambdaConfig(**{**quiet, **saving, **own, **settings.trl})
-    except (ValueError, TypeError) as error:
-        raise UserError(f"training: {' '.join(str(error).split())}") from None
+        made = GRPOLambdaConfig(**{**quiet, **saving, **own, **others})
+    except (UserError, ValueError, TypeError) as error:
+        text = " ".join(str(error).split())
+        name = re.split(r"\W", text, maxsplit=1)[0]
+        part = "training.trl." if name in known else "training." if name in names else "training: "
+        raise UserError(f"{part}{text}") from None
     if settings.lora_rank and made.deepspeed_plugin is not None and made.deepspeed_plugin.zero_stage == 3:
         raise UserError("training.lora_rank: adapters cannot be merged under ZeRO-3; use ZeRO-2")
     return made

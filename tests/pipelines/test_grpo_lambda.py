@@ -2,6 +2,7 @@
 
 import json
 import threading
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -161,8 +162,16 @@ def test_the_recipes_are_ones(recipe):
         ("training: {beta: -1}", "training.beta: must be 0"),
         ("training: {max_tokens: 0}", "training.max_tokens: must be at least 1, got 0"),
         ("training: {loss_type: dr_grppo}", "training.loss_type: must be one of"),
-        ("training: {alpha: 2}", "alpha: must be between 0 and 1, got 2.0"),
-        ("training: {gate_fraction: -1}", "gate_fraction: must be between 0 and 1, got -1.0"),
+        ("training: {alpha: 2}", "training.alpha: must be between 0 and 1, got 2.0"),
+        ("training: {gate_fraction: -1}", "training.gate_fraction: must be between 0 and 1, got -1.0"),
+        ("training: {guard_steps: 0}", "training.guard_steps: must be at least 1, got 0"),
+        ("training: {lr_scheduler_type: nonsense}", "training.lr_scheduler_type: must be one of linear, cosine"),
+        ("training: {trl: {epsilon: abc}}", "training.trl.epsilon: must be a number, got 'abc'"),
+        ("training: {trl: {optim: adam}}", "training.trl.optim: must be one of adamw_torch"),
+        ("training: {trl: {report_to: 3}}", "training.trl.report_to: must be of type str or list, got 3"),
+        ("training: {trl: {generation_batch_size: 7}}", "training.trl.generation_batch_size"),
+        ("training: {max_tokens: 100000}", "training.max_tokens: 100000 do not fit into the model's context of "),
+        ("max_tokens: 100000", "max_tokens: row "),
         (
             "training: {trl: {use_vlm: true}}",
             "training.trl.use_vlm: no argument of TRL's GRPOConfig (did you mean use_vllm",
@@ -174,7 +183,7 @@ def test_the_recipes_are_ones(recipe):
         ),
         (
             "arms: [plain]\ntraining: {trl: {length_reward: l1_exact}}",
-            "length_reward_options: l1_exact: ",
+            "training.trl.length_reward_options: l1_exact: ",
         ),
         ("arms: [grpo, grpo]", "arms: must be different ones"),
         ("arms: [ppo]", "arms[0]: must be one of grpo, plain, grpo_lambda, got 'ppo'"),
@@ -189,6 +198,20 @@ def test_bad_settings_are_refused_in_one_line(tmp_path, capsys, text, message):
     shown = capsys.readouterr().err
     assert shown.startswith(f"posttrain: error: {message}") and shown.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("warmup", "warned"), [(1, 0), (2, 1)])
+def test_a_warmup_that_is_all_of_the_training_is_said(tmp_path, monkeypatch, warmup, warned):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(grpo_lambda, "load_model", stop)
+    training = replace(SMALL.training, penalty_warmup_steps=warmup)
+    with warnings.catch_warnings(record=True) as caught, pytest.raises(KeyboardInterrupt):
+        warnings.simplefilter("always")
+        run(replace(SMALL, out=str(tmp_path), training=training), say=silent)
+    assert sum("training.penalty_warmup_steps: 2 steps" in str(one.message) for one in caught) == warned
+    assert grpo_lambda._without_penalty(replace(SMALL, arms=("grpo",), training=training)) is None
 
 
 def test_a_training_that_fails_closes_what_it_asks_the_service_with(tmp_path, monkeypatch):
