@@ -207,10 +207,7 @@ def run(
     ranks = Ranks(config.device)
     say = say if ranks.first else _silent
     out = Path(config.out)
-    rows = training_rows(config)
-    held_out = (
-        _plan(config, config.validation_split, config.validation_prompts).rows() if config.validation_prompts else []
-    )
+    rows, held_out = training_rows(config), validation_rows(config)
     plan = _plan(config, config.test_split, config.test_prompts)
     test_rows = plan.rows()
     check_overlap([*rows, *held_out], test_rows)
@@ -280,6 +277,20 @@ def training_rows(config: GRPOLambdaRunConfig) -> list[Row]:
     return _plan(config, config.train_split, config.train_prompts).rows()
 
 
+def validation_rows(config: GRPOLambdaRunConfig) -> list[Row]:
+    """The problems that the collapse guard looks at."""
+    return _plan(config, config.validation_split, config.validation_prompts).rows() if config.validation_prompts else []
+
+
+def problems_fingerprint(config: GRPOLambdaRunConfig) -> str:
+    """Of all that a training asks."""
+    return hash_json(_asked(training_rows(config), validation_rows(config)))
+
+
+def _asked(rows: Sequence[Row], held_out: Sequence[Row]) -> list[list[str]]:
+    return [[row["problem"], row["answer"]] for row in [*rows, *held_out]]
+
+
 def train(
     policy: Policy,
     config: GRPOLambdaRunConfig,
@@ -296,8 +307,7 @@ def train(
     folder = Path(config.out) / arm
     settings = plain(_settings(config, arm))
     guard = {name: value for name, value in plain(config).items() if name.startswith("validation")}
-    problems = [[row["problem"], row["answer"]] for row in [*rows, *held_out]]
-    key = hash_json([policy.fingerprint, config.seed, config.prompt, settings, guard, problems])
+    key = hash_json([policy.fingerprint, config.seed, config.prompt, settings, guard, _asked(rows, held_out)])
     if (folder / MADE_BY).is_file():
         made = json.loads((folder / MADE_BY).read_text(encoding="utf-8"))
         if made["key"] != key:

@@ -6,8 +6,8 @@
     summary.json, report.html   every arm of every stage
 
 A stage is run again only where its fingerprint has changed: that of its settings, of the files that these name, of the base,
-and of the tables. What it had left is then set aside under the old fingerprint, STAGE-FINGERPRINT/, and taken back when the
-change is undone. Killed at any moment, the same file goes on where it stopped.
+of the tables, and of the problems where a method draws its own. What it had left is then set aside under the old fingerprint,
+STAGE-FINGERPRINT/, and taken back when the change is undone. Killed at any moment, the same file goes on where it stopped.
 """
 
 import dataclasses
@@ -42,7 +42,8 @@ METHODS: dict[str, tuple[ModuleType, type]] = {
     "dqo": (dqo, dqo.DQORunConfig),
     "grpo-lambda": (grpo_lambda, grpo_lambda.GRPOLambdaRunConfig),
 }
-ONLINE = ("grpo-lambda",)  # those draw their own training problems, and no table of completions
+# Those draw their own training problems, of which this is the fingerprint, and no table of completions.
+ONLINE: dict[str, Callable[[Any], str]] = {"grpo-lambda": grpo_lambda.problems_fingerprint}
 STAGE = "stage.json"
 SAMPLED = ("base", "majority", "oracle")  # arms of the base alone, which every method's own run has too
 DEFINED = ("pass@1", "maj@k", "pass@k", *(name for name in qsharp.DEFINED if name not in ("pass@1", "maj@k", "pass@k")))
@@ -219,7 +220,7 @@ def _outcome(stage: Stage, policy: str, tables: Mapping[str, RolloutTable], say:
     folder, module = Path(stage.config.out), METHODS[stage.method][0]
     used = {part: table.manifest["shards"] for part, table in tables.items()}
     if stage.method in ONLINE:
-        used.pop("train", None)
+        used["train"] = ONLINE[stage.method](stage.config)
     files = named_files(stage.config)
     made_from = {
         "method": stage.method,
@@ -268,7 +269,7 @@ def _settle(folder: Path, key: str, say: Callable[[str], None]) -> None:
     before = _record(folder).get("key", key)
     if before != key:
         aside = folder.with_name(f"{folder.name}-{before[:12]}")
-        say(f"{folder.name}: its settings, the base or a table changed; what was there is now {aside}")
+        say(f"{folder.name}: its settings, the base or what it learns from changed; what was there is now {aside}")
         folder.rename(aside)
     kept = folder.with_name(f"{folder.name}-{key[:12]}")
     if not folder.exists() and kept.exists():

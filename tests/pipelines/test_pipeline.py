@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +13,7 @@ from posttrain.errors import UserError
 from posttrain.models.features import FeatureSpec
 from posttrain.models.load import load_model, load_tokenizer
 from posttrain.models.probe import Probe, ProbeCard
+from posttrain.pipelines import grpo_lambda
 from posttrain.pipelines import pipeline as module
 from posttrain.pipelines.pipeline import PipelineConfig, named_files, stages_of
 from posttrain.pipelines.qsharp import QSharpConfig
@@ -158,6 +160,36 @@ def test_a_stage_is_run_again_where_a_file_that_it_names_has_changed(tmp_path):
     given.unlink()
     with pytest.raises(UserError, match="^completions: no such rollout table or file: .*given.jsonl"):
         kept()
+
+
+def test_a_stage_that_draws_its_own_problems_is_run_again_where_these_have_changed(tmp_path, monkeypatch):
+    """Its table of test completions is the same."""
+    folder, ran = tmp_path / "sums", []
+    folder.mkdir()
+    monkeypatch.setenv("POSTTRAIN_DATA", str(tmp_path))
+    monkeypatch.setattr(
+        grpo_lambda, "run", lambda config, **_: ran.append(config) or SimpleNamespace(arms={}, manifest={})
+    )
+    monkeypatch.setattr(grpo_lambda, "publish", lambda *_: None)
+    monkeypatch.setattr(grpo_lambda, "figures", lambda _: [])
+
+    def give(split: str, *sums: int) -> None:
+        rows = [{"problem": f"{n}+{n}=?", "answer": str(2 * n)} for n in sums]
+        (folder / f"{split}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+    def runs() -> int:
+        stage = {"method": "grpo-lambda", "validation_prompts": 2}
+        module.run(small(tmp_path / "run", data="sums", test_prompts=2, k=2, stages=[stage]), lambda _: None)
+        return len(ran)
+
+    give("train", 1, 2)
+    give("val", 3, 4)
+    give("test", 5, 6)
+    assert runs() == runs() == 1
+    give("train", 1, 7)
+    assert runs() == runs() == 2
+    give("val", 3, 8)
+    assert runs() == 3
 
 
 def test_the_files_that_a_configuration_names(tmp_path):
