@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from posttrain.decoding import session
 from posttrain.decoding.guidance import Candidates, Guidance, Tilted
 from posttrain.decoding.guide import ValueGuide, load_guide
 from posttrain.decoding.guided_model import GuidedModel
@@ -94,9 +95,18 @@ def test_also_greedily_and_in_other_families(kind, temperature):
     check(build_model("llama"), value_model("v", kind), asked, candidates=20, delta=0.0)
 
 
-def test_tokens_wait_and_are_read_in_time():
-    """A large beta: what is drawn seldom needs a value, for longer than tokens may wait."""
-    check(build_model("llama"), value_model("v"), requests(10, (20.0, 0.3), temperature=0.5), candidates=8)
+@pytest.mark.parametrize(("kind", "most"), [("llama", 2), ("gemma3", session.MOST_WAITING)])
+def test_tokens_wait_and_are_read_in_time(kind, most, monkeypatch):
+    """What is drawn seldom needs a value, for longer than tokens may wait, and than gemma's sliding window of 8."""
+    monkeypatch.setattr(session, "MOST_WAITING", most)
+    asked = [  # as long as they may be: no token ends one
+        Request(i, tuple(range(3, 6 + i)), Sampling(0.7, max_tokens=40, seed=i, stop_ids=(1000,)), beta)
+        for i, beta in enumerate((3.0, None, 1e6, 30.0))
+    ]
+    value, valued = value_model("v", kind), []
+    value.head.register_forward_pre_hook(lambda _, given: valued.append(len(given[0])))
+    check(build_model("llama"), value, asked, candidates=8)
+    assert 0 in valued, "none was read but beside candidates"
 
 
 @pytest.mark.parametrize(("beta", "atoms"), [(0.3, None), (0.7, ATOMS)])
