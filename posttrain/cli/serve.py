@@ -80,6 +80,8 @@ def run(args: argparse.Namespace) -> None:
     check_open(args.host, key)
     limits = Limits(args.max_requests, args.max_completions, args.max_body)
     guides, probes = named_folders("guide", args.guide), named_folders("probe", args.probe)
+    if args.lazy and not guides:
+        raise UserError("--lazy: it is the guide's; name one with --guide DIR")
     if args.engine == "vllm":
         check_for_vllm(device=args.device, threads=args.threads, dtype=args.dtype)
         if len(guides) > 1:

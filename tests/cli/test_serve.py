@@ -24,6 +24,7 @@ from tests.serving.conftest import KEY, started
         (["--drain", "-1"], "drain: must not be negative"),
         (["--max-requests", "0"], "max-requests: must be at least 1, got 0"),
         (["--candidates", "0"], "candidates: must be at least 1"),
+        (["--lazy"], "--lazy: it is the guide's; name one with --guide DIR"),
         (["--guide", "a=x", "--guide", "a=y"], "guide: a names two folders"),
         (["--port", "0", "--guide", "nowhere"], "guide: nowhere has no config.json"),
         (["--port", "0", "--probe", "nowhere"], "probe: nowhere has no config.json"),
