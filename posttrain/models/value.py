@@ -277,6 +277,15 @@ def base_fingerprint(name: str) -> str:
         raise UserError(f"base: {str(error).removeprefix('model: ')}") from None
 
 
+def check_layers(base: str, layers: int) -> None:
+    """Without the weights. Errors: UserError naming `layers` where the model `base` has fewer, and `base`."""
+    try:
+        config = AutoConfig.from_pretrained(model_folder(base), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"base: {base} has no readable configuration: {str(error).splitlines()[0]}") from None
+    _cut(config.get_text_config(), layers)
+
+
 def _cut(config: PreTrainedConfig, layers: int | None) -> PreTrainedConfig:
     """A decoder's configuration with its first `layers` layers only."""
     if layers is None:

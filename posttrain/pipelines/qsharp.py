@@ -37,7 +37,7 @@ from posttrain.evaluation.intervals import Comparison, mean_interval, paired_com
 from posttrain.evaluation.plots import frontier, length_histogram
 from posttrain.evaluation.report import SHOWN, Figure, TokenValues, write_report
 from posttrain.models.load import Policy, load_model
-from posttrain.models.value import average_heads, base_fingerprint, read_value_model
+from posttrain.models.value import average_heads, base_fingerprint, check_layers, read_value_model
 from posttrain.objectives.qsharp import history_weights
 from posttrain.pipelines.engines import EngineName, Sampler
 from posttrain.pipelines.ranks import Ranks
@@ -205,6 +205,9 @@ class Work:
             with within("value."):
                 base_fingerprint(config.value.base)  # refused now, not after the first round is collected
         self.policy = load_model(config.model, self.ranks.device, config.dtype)
+        if config.value.layers:
+            with within("value."):
+                check_layers(config.value.base or config.model, config.value.layers)
         self.guide = cache(self._guide)
 
     def _plan(self, data: str, split: str, limit: int, samples: int) -> RolloutConfig:

@@ -151,6 +151,14 @@ def test_settings_are_checked(changes, message):
         replace(SMALL, **changes)
 
 
+@pytest.mark.parametrize("base", [None, "tiny"])
+def test_more_layers_than_there_are_are_refused_before_anything_is_sampled(base, tmp_path):
+    config = replace(SMALL, out=str(tmp_path / "run"), value=ValueTraining(base=base, layers=5))
+    with pytest.raises(UserError, match=r"^value\.layers: must be between 1 and the base's 4, got 5"):
+        run(config, say=lambda _: None)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes_are_configurations(path):
     build(QSharpConfig, read_yaml(path))
