@@ -20,7 +20,7 @@ DEMO: dict[str, Any] = {
             **{"method": "qsharp", "rounds": 2, "rollin_samples": 2, "guided_samples": 3, "sweep": [0.3, 1.0]},
             "value": {"head": "shared", "learning_rate": 3e-3, "epochs": 1, "eval_fraction": 0.3},
         },
-        {"method": "dqo", "baselines": ["rejection"], "test_samples": 2},
+        {"method": "dqo", "baselines": ["rejection"], "test_samples": 2, "training": {"critic_warmup_steps": 1}},
         {
             **{"method": "grpo-lambda", "arms": ["grpo", "plain", "grpo_lambda"]},
             **{"validation_prompts": 0, "test_samples": 2},

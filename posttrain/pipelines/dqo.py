@@ -112,11 +112,18 @@ class DQOTraining:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"{name}: must be positive and finite, got {value}")
-        for name, least in (("batch_size", 1), ("accumulation", 1), ("critic_warmup_steps", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name}: must be at least {least}, got {getattr(self, name)}")
+        for name, least in (("batch_size", 1), ("accumulation", 1), ("critic_warmup_steps", 0), ("value_layers", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{name}: must be at least {least}, got {value}")
         if not 0 <= self.lam <= 1:
             raise UserError(f"lam: must be between 0 and 1, got {self.lam}")
+
+    def steps(self, completions: int, ranks: int = 1) -> int:
+        """Of a training on so many completions, as transformers' Trainer counts them: the last forward of a pass may be a smaller
+        one, and so may its last step."""
+        forwards = math.ceil(completions / (self.batch_size * ranks))
+        return math.ceil(self.epochs * math.ceil(forwards / self.accumulation))
 
 
 DPO = BaselineTraining(batch_size=16)
@@ -172,6 +179,11 @@ class DQORunConfig:
             )
         if self.train_split == self.test_split:
             raise UserError(f"test_split: {self.test_split} is the training split too; measure on another one")
+        for name in self.baselines:
+            if self.baselines.count(name) > 1:
+                raise UserError(f"baselines: {name} stands twice; name each once")
+        if not self.completions:
+            _check_warmup(self.training, self.train_prompts * self.train_samples)
 
 
 @dataclass(frozen=True)
@@ -212,10 +224,12 @@ def run(config: DQORunConfig, say: Callable[[str], None] = print, tables_in: Pat
     test_plan = _plan(config, config.test_split, config.test_prompts, config.test_samples)
     test_rows = test_plan.rows()
     collected = (out if config.completions else tables_in or out) / "train"
-    collect = _collection(config, test_rows, collected, say)
+    collect = _collection(config, test_rows, collected, say, ranks.count)
     policy = load_model(config.model, ranks.device, "float32") if ranks.first else load_tokenizer(config.model)
     if config.training.probe:
         Probe.from_pretrained(config.training.probe, policy.fingerprint)  # refused now, not after hours of sampling
+    if ranks.first:
+        _check_layers(config.training, policy)
     ranks.alone(lambda: collect(policy))
     table = read_table(_named_table(config) or collected)
     with reserved(out / "policy") if ranks.first else nullcontext():
@@ -263,8 +277,25 @@ def _check_given(path: Path) -> None:
         raise UserError(f"completions: no such rollout table or file: {path}")
 
 
+def _check_warmup(training: DQOTraining, completions: int, ranks: int = 1) -> None:
+    """completions: that it learns from, at most. Errors: UserError where all steps are the value model's alone."""
+    steps, warmup = training.steps(completions, ranks), training.critic_warmup_steps
+    if steps <= warmup:
+        shared = training.batch_size * training.accumulation * ranks
+        raise UserError(
+            f"training.critic_warmup_steps: must be less than the run's {steps} steps ({completions} completions, {shared} a step, "
+            f"epochs {training.epochs:g}), got {warmup}: the policy would not learn"
+        )
+
+
+def _check_layers(training: DQOTraining, policy: Policy) -> None:
+    layers = len(policy.model.get_decoder().layers)
+    if (training.value_layers or 0) > layers:
+        raise UserError(f"training.value_layers: {policy.name} has {layers} layers, got {training.value_layers}")
+
+
 def _collection(
-    config: DQORunConfig, test_rows: Sequence[Row], folder: Path, say: Callable[[str], None]
+    config: DQORunConfig, test_rows: Sequence[Row], folder: Path, say: Callable[[str], None], ranks: int
 ) -> Callable[[Policy], Any]:
     """What makes the table in `folder`, once there is a policy. Errors: all that can be refused without one."""
     if config.completions:
@@ -277,6 +308,7 @@ def _collection(
     )
     rows = plan.rows()
     check_overlap(rows, test_rows)
+    _check_warmup(config.training, len(rows) * config.train_samples, ranks)
 
     def collect(policy: Policy) -> RolloutTable:
         say(f"{config.train_split}: {per_prompt(config)} completions of each of {len(rows)} prompts")
@@ -334,24 +366,21 @@ def _learn(
     check_vocabulary(table, policy.tokenizer, start.model.get_input_embeddings().num_embeddings)
     probe = Probe.from_pretrained(config.probe).to(ranks.device) if config.probe else None
     model = ActorCritic(start.model, new_critic(start.model, policy.fingerprint, shared, probe))
-    examples = labelled(
-        model,
-        examples_of(
-            [table],
-            policy.fingerprint,
-            config.truncated,
-            process=config.process,
-            process_scale=config.process_scale,
-            weighted=config.importance_cap is not None,
-        ),
+    found = examples_of(
+        [table],
         policy.fingerprint,
-        folder.parent,
-        config.batch_size,
+        config.truncated,
+        process=config.process,
+        process_scale=config.process_scale,
+        weighted=config.importance_cap is not None,
     )
-    cut = sum(not example["ended"] for example in examples)
-    say(f"DQO on {len(examples)} completions{f', {cut} of them cut at a length' if cut else ''}")
     scratch = folder.with_name(f"{folder.name}-checkpoints-{key[:12]}")
     checkpoint = last_checkpoint(scratch)
+    if not checkpoint:  # else the launch that wrote it has passed
+        _check_warmup(config, len(found), ranks.count)
+    examples = labelled(model, found, policy.fingerprint, folder.parent, config.batch_size)
+    cut = sum(not example["ended"] for example in examples)
+    say(f"DQO on {len(examples)} completions{f', {cut} of them cut at a length' if cut else ''}")
     rows, accumulation = config.batch_size, config.accumulation
     if checkpoint:
         rows, accumulation = _shared(launch_of(checkpoint)["completions"], ranks.count, rows)

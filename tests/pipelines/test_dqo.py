@@ -6,6 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
 
 from posttrain.config import build, read_yaml
 from posttrain.decoding.guide import load_guide
@@ -94,7 +96,8 @@ def test_prompts_may_be_covered_unevenly(tmp_path):
     recipe = build(DQORunConfig, read_yaml("recipes/dqo/low_coverage.yaml"))
     assert (recipe.least_train_samples, recipe.train_samples, dqo.per_prompt(recipe)) == (1, 2, "1 to 2")
     sizes = {"train_prompts": 12, "test_prompts": 2, "test_samples": 1, "baselines": ()}
-    result = run(replace(recipe, out=str(tmp_path), **sizes), say=lambda _: None)
+    training = replace(recipe.training, critic_warmup_steps=0)
+    result = run(replace(recipe, out=str(tmp_path), training=training, **sizes), say=lambda _: None)
     counts = [len(samples) for samples in read_table(tmp_path / "train").by_prompt("sample")]
     assert set(counts) == {1, 2} and result.training["completions"] == sum(counts)
     with pytest.raises(UserError, match=r"least_train_samples: must be between 1 and train_samples \(2\), got 3"):
@@ -138,6 +141,11 @@ def test_a_policy_is_trained_by_one_process_at_a_time(finished):
         ({"lam": 1.5}, r"^training\.lam: must be between 0 and 1, got 1.5"),
         ({"batch_size": 0}, r"^training\.batch_size: must be at least 1, got 0"),
         ({"critic_warmup_steps": -1}, r"^training\.critic_warmup_steps: must be at least 0, got -1"),
+        (
+            {"critic_warmup_steps": 150},
+            r"^training\.critic_warmup_steps: must be less than the run's 150 steps \(2400 comp",
+        ),
+        ({"value_layers": -1}, r"^training\.value_layers: must be at least 0, got -1"),
     ],
 )
 def test_a_mistake_in_the_training_is_named_as_in_the_configuration(training, message):
@@ -145,8 +153,65 @@ def test_a_mistake_in_the_training_is_named_as_in_the_configuration(training, me
         build(DQORunConfig, {"out": "x", "training": training})
 
 
+def test_a_baseline_is_named_once():
+    with pytest.raises(UserError, match="^baselines: dpo stands twice; name each once"):
+        build(DQORunConfig, {"out": "x", "baselines": ["dpo", "kto", "dpo"]})
+
+
+@pytest.mark.parametrize(
+    ("completions", "ranks", "batch", "accumulation", "epochs", "steps"),
+    [
+        (24, 1, 8, 1, 2.0, 6),
+        (25, 1, 8, 1, 2.0, 8),
+        (25, 1, 8, 3, 2.0, 4),
+        (7, 1, 8, 3, 0.5, 1),
+        (40, 1, 8, 2, 1.5, 5),
+        (25, 2, 4, 3, 2.0, 4),
+        (33, 4, 4, 1, 1.0, 3),
+    ],
+)
+def test_steps_are_counted_as_the_trainer_counts_them(
+    completions, ranks, batch, accumulation, epochs, steps, tmp_path, monkeypatch
+):
+    settings = DQOTraining(batch_size=batch, accumulation=accumulation, epochs=epochs)
+    assert settings.steps(completions, ranks) == steps
+    arguments = transformers.TrainingArguments(
+        str(tmp_path),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        use_cpu=True,
+        report_to="none",
+    )
+    data = [{"x": i} for i in range(completions)]
+    trainer = transformers.Trainer(torch.nn.Linear(1, 1), arguments, train_dataset=data)
+    part = prepare_data_loader(DataLoader(data, batch_size=batch), num_processes=ranks, process_index=0)
+    assert trainer.set_initial_training_values(arguments, part)[-1] == steps
+
+
+def test_a_run_in_which_only_the_value_model_would_learn_is_refused(finished, tmp_path):
+    """Before anything is sampled; of a table, whose completions are counted then, before the first step."""
+    message = r"^training\.critic_warmup_steps: must be less than the run's 6 steps \(24 completions, 8 a step, epochs 2\), got 6"
+    training = replace(SMALL.training, critic_warmup_steps=6)
+    with pytest.raises(UserError, match=message):
+        replace(SMALL, training=training)
+    given = replace(SMALL, out=str(tmp_path), completions=str(finished[0] / "train"), training=training)
+    with pytest.raises(UserError, match=message):
+        run(given, say=lambda _: None)
+    assert not list(tmp_path.rglob("*.safetensors"))  # neither a policy nor the reference's log-probabilities
+
+
+def test_more_layers_than_there_are_are_refused_before_anything_is_sampled(tmp_path):
+    config = replace(SMALL, out=str(tmp_path / "run"), training=replace(SMALL.training, value_layers=5))
+    with pytest.raises(UserError, match=r"^training\.value_layers: tiny has 4 layers, got 5"):
+        run(config, say=lambda _: None)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_probe_that_is_not_there_is_refused_before_anything_is_sampled(tmp_path):
-    config = replace(SMALL, out=str(tmp_path / "run"), training=DQOTraining(probe=str(tmp_path / "nowhere")))
+    config = replace(
+        SMALL, out=str(tmp_path / "run"), training=replace(SMALL.training, probe=str(tmp_path / "nowhere"))
+    )
     with pytest.raises(UserError, match="probe: .*nowhere has no config.json"):
         run(config, say=lambda _: None)
     assert not (tmp_path / "run").exists()
