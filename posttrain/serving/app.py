@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Container, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
@@ -37,15 +37,26 @@ from posttrain.serving.gate import Gate
 from posttrain.serving.metrics import Metrics
 from posttrain.serving.page import add_page
 from posttrain.serving.plan import Plan, chat_prompt, plan, text_prompts
-from posttrain.serving.schema import ChatRequest, CompletionRequest, GuidanceField, RerankField, Sampled
+from posttrain.serving.schema import (
+    ChatRequest,
+    CompletionRequest,
+    GuidanceField,
+    Message,
+    RerankField,
+    Sampled,
+    StreamOptions,
+    TextPart,
+)
 from posttrain.serving.scores import scores
 from posttrain.serving.text import TextStream
 from posttrain.serving.worker import Token, Worker
 
 T = TypeVar("T")
 FIELDS = {
-    name for body in (ChatRequest, CompletionRequest, GuidanceField, RerankField) for name in body.model_fields
-} | {"role", "content", "text", "type", "include_usage"}
+    name
+    for body in (ChatRequest, CompletionRequest, GuidanceField, RerankField, StreamOptions, Message, TextPart)
+    for name in body.model_fields
+}
 
 
 class Service:
@@ -330,15 +341,25 @@ def _on_failure(_: HttpRequest, error: Exception) -> Response:
 
 
 def _on_wrong_body(_: HttpRequest, error: Exception) -> Response:
-    """The first thing that is wrong."""
+    """The innermost thing that is wrong: where a union takes a text or a list, both errors are there, and the list was meant."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
+    first = max(error.errors(), key=lambda each: len(each["loc"]))
     place = first["loc"][1:]
     if first["type"] == "json_invalid":
         return ApiError(400, f"body: is not JSON: {first['ctx']['error']}").response()
     if first["type"] == "extra_forbidden":
-        name = str(place[-1])
-        return ApiError(400, f"{name[:60]}: unknown field{nearest(name[:60], FIELDS)}", name[:60]).response()
-    # A union's members stand in the place too; they are nobody's field.
-    field = ".".join(str(part) for part in place if isinstance(part, int) or part in FIELDS) or "body"
+        name = str(place[-1])[:60]
+        field = _path([*place[:-1], name], {*FIELDS, name})
+        return ApiError(400, f"{field}: unknown field{nearest(name, FIELDS)}", field).response()
+    field = _path(place, FIELDS) or "body"
     return ApiError(400, f"{field}: {first['msg']}", field).response()
+
+
+def _path(place: Sequence[str | int], fields: Container[str]) -> str:
+    """As OpenAI writes it: `messages[1].content`. A union's members stand in the place too; they are nobody's field."""
+    parts = (
+        f"[{part}]" if isinstance(part, int) else f".{part}"
+        for part in place
+        if isinstance(part, int) or part in fields
+    )
+    return "".join(parts).removeprefix(".")

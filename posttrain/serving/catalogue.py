@@ -87,25 +87,26 @@ class Catalogue:
         if name not in (None, self.name):
             raise ApiError(404, f"model: there is no {name!r} here, only {self.name!r}", "model", "model_not_found")
 
-    def guide_name(self, name: str | None) -> str:
-        return _named("guide", name, self.guides)
+    def guide_name(self, name: str | None, field: str) -> str:
+        """field: of the request, `guidance.guide` or `rerank.guide`, for errors."""
+        return _named("guide", name, self.guides, field)
 
-    def probe_name(self, name: str | None) -> str:
-        return _named("probe", name, self.rerankers)
+    def probe_name(self, name: str | None, field: str) -> str:
+        return _named("probe", name, self.rerankers, field)
 
 
-def _named(kind: str, name: str | None, known: Mapping[str, object]) -> str:
+def _named(kind: str, name: str | None, known: Mapping[str, object], field: str) -> str:
     if not known:
-        raise ApiError(400, f"{kind}: this server has none; start it with --{kind} DIR", kind, f"no_{kind}")
+        raise ApiError(400, f"{field}: this server has none; start it with --{kind} DIR", field, f"no_{kind}")
     if name is None:
         if len(known) > 1:
-            raise ApiError(400, f"{kind}: missing; it must be one of {', '.join(known)}", kind)
+            raise ApiError(400, f"{field}: missing; it must be one of {', '.join(known)}", field)
         return next(iter(known))
     if name not in known:
         raise ApiError(
             404,
-            f"{kind}: there is no {name!r} here{nearest(name, known)}; one of {', '.join(known)}",
-            kind,
+            f"{field}: there is no {name!r} here{nearest(name, known)}; one of {', '.join(known)}",
+            field,
             f"{kind}_not_found",
         )
     return name

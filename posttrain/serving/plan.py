@@ -117,16 +117,16 @@ def _rerank(body: Sampled, prompts: int, catalogue: Catalogue) -> Rerank | None:
         raise ApiError(400, f"prompt: rerank takes one prompt, got {prompts}", "prompt")
     field = body.rerank
     if field.guide is None:
-        return Rerank("probe", catalogue.probe_name(field.probe), field.k, field.beta)
+        return Rerank("probe", catalogue.probe_name(field.probe, "rerank.probe"), field.k, field.beta)
     if field.probe is not None:
         raise ApiError(400, "rerank: scores by a probe or by a guide's value model; give one of them", "rerank")
-    return Rerank("guide", catalogue.guide_name(field.guide), field.k, field.beta)
+    return Rerank("guide", catalogue.guide_name(field.guide, "rerank.guide"), field.k, field.beta)
 
 
 def _guidance(field: GuidanceField | None, catalogue: Catalogue) -> tuple[str | None, float | None, int | None]:
     if field is None:
         return None, None, None
-    name = catalogue.guide_name(field.guide)
+    name = catalogue.guide_name(field.guide, "guidance.guide")
     most = catalogue.guides[name].guidance.candidates
     if field.top_k is not None and field.top_k > most:
         raise ApiError(400, f"guidance.top_k: at most {most} on this server, got {field.top_k}", "guidance.top_k")

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from posttrain.rollouts.engine import LEAST_BETA
+
 
 def _encodable(text: str) -> str:
     try:
@@ -31,7 +33,7 @@ class GuidanceField(Body):
     """beta: KL coefficient, in units of the reward; top_k: how many tokens are valued; guide: its name, where there are several;
     explain: tell what it did at every token."""
 
-    beta: Annotated[float, Field(gt=0)] = 0.1
+    beta: Annotated[float, Field(ge=LEAST_BETA)] = 0.1
     top_k: Count | None = None
     guide: Text | None = None
     explain: bool = False

@@ -96,7 +96,26 @@ def test_what_is_no_request_is_refused(http, body):
 def test_a_field_that_is_wrong_is_named(http, field):
     answer = http.post(CHAT, content=json.dumps({**ASKED, **field}), headers={"Content-Type": "application/json"})
     assert answer.status_code == 400 and is_error_object(answer)
-    assert answer.json()["error"]["param"].split(".")[0] in {*field, "max_tokens"}
+    assert answer.json()["error"]["param"].partition(".")[0].partition("[")[0] in {*field, "max_tokens"}
+
+
+@pytest.mark.parametrize(
+    ("field", "param"),
+    [
+        ({"guidance": {"beta": "strong"}}, "guidance.beta"),
+        ({"guidance": {"strength": 1}}, "guidance.strength"),
+        ({"rerank": {"k": 2}}, "rerank.probe"),
+        ({"rerank": {"k": 2, "guide": "q"}}, "rerank.guide"),
+        ({"stream": True, "stream_options": {"include_obfuscation": 1}}, "stream_options.include_obfuscation"),
+        ({"messages": [*ASKED["messages"], {"role": "user", "content": 1}]}, "messages[1].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]}, "messages[0].content[0].text"),
+        ({"messages": [{"role": "user", "content": "1", "name": "me"}]}, "messages[0].name"),
+        ({"stop": ["a", 1]}, "stop[1]"),
+    ],
+)
+def test_a_field_within_a_field_is_named_with_it(open_server, field, param):
+    error = httpx.post(f"{open_server.url}{CHAT}", json={**ASKED, **field}).json()["error"]
+    assert error["param"] == param and error["message"].startswith(f"{param}: ")
 
 
 @both_engines
@@ -276,8 +295,8 @@ def test_a_server_that_ends_finishes_what_has_begun(catalogue, slowly):
 @pytest.mark.parametrize(
     ("field", "status", "message"),
     [
-        ({"guidance": {"beta": 0.1}}, 400, "guide: this server has none; start it with --guide DIR"),
-        ({"rerank": {"k": 2}}, 400, "probe: this server has none"),
+        ({"guidance": {"beta": 0.1}}, 400, "guidance.guide: this server has none; start it with --guide DIR"),
+        ({"rerank": {"k": 2}}, 400, "rerank.probe: this server has none; start it with --probe DIR"),
     ],
 )
 def test_a_server_without_a_guide_says_so(open_server, field, status, message):
