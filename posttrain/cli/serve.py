@@ -94,7 +94,8 @@ def run(args: argparse.Namespace) -> None:
     load = _vllm if args.engine == "vllm" else _transformers
     with bind(args.host, args.port) as bound, ExitStack() as stack:
         catalogue = load(args, guides, probes, limits, stack)
-        print(f"model {catalogue.name}, guides: {', '.join(guides) or 'none'}, probes: {', '.join(probes) or 'none'}")
+        guiding = [f"{name} (lazy)" if args.lazy else name for name in guides]
+        print(f"model {catalogue.name}, guides: {', '.join(guiding) or 'none'}, probes: {', '.join(probes) or 'none'}")
         serve(create_app(catalogue, key), bound, args.drain, lambda text: print(text, flush=True))
 
 

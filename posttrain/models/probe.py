@@ -119,6 +119,9 @@ class Probe(nn.Module):
             raise UserError(f"probe: {folder} is damaged: {error}") from None
         if not isinstance(values, dict):
             raise UserError(f"probe: {folder / 'config.json'} must be a mapping of field to value")
+        if "model_type" in values:
+            found = "value model" if values["model_type"] == "posttrain_value" else f"{values['model_type']!r} model"
+            raise UserError(f"probe: {folder} holds a {found}, not a probe; a value model is given as a guide")
         try:
             probe = cls(build(ProbeCard, values))
             probe.load_state_dict(tensors)

@@ -340,6 +340,8 @@ def read_value_model(
     logging.set_verbosity_error()
     try:
         config, _ = ValueModelConfig.get_config_dict(folder)
+        if "model_type" not in config and {"dim", "feature"} <= config.keys():
+            raise UserError(f"guide: {folder} holds a probe, not a value model; give it as a probe")
         if config.get("model_type") != ValueModelConfig.model_type:
             raise UserError(f"guide: {folder} holds a {config.get('model_type')!r}, not a value model")
         if config.get("head") not in HEADS:

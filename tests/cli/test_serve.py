@@ -10,6 +10,7 @@ import pytest
 
 from posttrain.cli.main import main
 from posttrain.models.load import load_model
+from posttrain.models.probe import Probe, ProbeCard
 from posttrain.models.value import new_value_model
 from tests.serving.conftest import KEY, started
 
@@ -46,6 +47,29 @@ def test_a_v_head_is_not_for_vllm(tmp_path, capsys):
     new_value_model(load_model("tiny", "cpu"), "v").save_pretrained(tmp_path / "v")
     assert main(["serve", "--model", "tiny", "--engine", "vllm", "--port", "0", "--guide", str(tmp_path / "v")]) == 2
     assert "train with --head q or --head shared, or use --engine transformers" in capsys.readouterr().err
+
+
+def test_a_value_model_is_no_probe_and_a_probe_no_value_model(tmp_path, capsys):
+    policy = load_model("tiny", "cpu")
+    new_value_model(policy, "v", layers=1).save_pretrained(tmp_path / "v")
+    Probe(ProbeCard(policy.model.config.hidden_size)).save_pretrained(tmp_path / "probe")
+    for option, folder, message in (
+        ("--probe", "v", "holds a value model, not a probe; a value model is given as a guide"),
+        ("--guide", "probe", "holds a probe, not a value model; give it as a probe"),
+    ):
+        assert main(["serve", "--model", "tiny", "--port", "0", option, str(tmp_path / folder)]) == 2
+        shown = capsys.readouterr().err
+        assert shown == f"posttrain: error: {option[2:]}: {tmp_path / folder} {message}\n"
+
+
+def test_a_lazy_guide_is_called_one(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("POSTTRAIN_API_KEY", raising=False)
+    monkeypatch.setattr("posttrain.serving.server.serve", lambda *_: None)
+    new_value_model(load_model("tiny", "cpu"), "v", layers=1).save_pretrained(tmp_path / "v")
+    options = ["serve", "--model", "tiny", "--port", "0", "--guide", str(tmp_path / "v")]
+    for more, guides in (([], "v"), (["--lazy"], "v (lazy)")):
+        assert main([*options, *more]) == 0
+        assert capsys.readouterr().out == f"model tiny, guides: {guides}, probes: none\n"
 
 
 @pytest.mark.vllm
