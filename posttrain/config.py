@@ -108,7 +108,7 @@ def convert(hint: Any, value: Any, field: str) -> Any:
             raise UserError(f"{field}: must be a list, got {value!r}")
         return origin(convert(typing.get_args(hint)[0], item, f"{field}[{i}]") for i, item in enumerate(value))
     if dict in (hint, origin) and not isinstance(value, dict):
-        raise UserError(f"{field}: must be a mapping, got {value!r}")
+        raise UserError(f"{field}: must be a mapping of field to value, got {value!r}")
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise UserError(f"{field}: must be a mapping, got {value!r}")
