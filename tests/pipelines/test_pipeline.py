@@ -221,7 +221,7 @@ def test_online_stages_alone_need_no_table_of_completions(tmp_path):
         ({"stages": ["dqo"]}, "stages[0]: must be a mapping of field to value, got 'dqo'"),
         ({"stages": [{"method": "dpo"}]}, "stages[0].method: must be one of qprobe, qsharp, dqo, grpo-lambda, got 'dpo' (did"),
         ({"stages": [{"name": "x"}]}, "stages[0].method: must be one of"),
-        ({"stages": [{"method": "dqo"}] * 2}, "stages[1].name: dqo is another folder of the run; name it otherwise"),
+        ({"stages": [{"method": "qprobe"}] * 2}, "stages[1].name: qprobe is another folder of the run; name it otherwise"),
         ({"stages": [{"method": "dqo", "name": "train"}]}, "stages[0].name: train is another folder of the run"),
         ({"stages": [{"method": "dqo", "name": "a/b"}]}, "stages[0].name: must be a word of letters"),
         ({"stages": [{"method": "dqo", "seed": 1}]}, "stages[0].seed: is the same for all stages; give it once"),
