@@ -15,7 +15,7 @@ def run(args: argparse.Namespace) -> int:
     from posttrain.doctor import examine
 
     findings = list(examine())
-    print_table(("what", "state", "found"), [(each.name, each.state, each.found) for each in findings])
+    print_table(("what", "state", "found"), [(each.name, each.state, each.found) for each in findings], keys=2)
     for each in findings:
         if each.state != "ok":
             print(f"{each.name}: {each.fix}")

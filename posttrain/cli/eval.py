@@ -299,21 +299,22 @@ def _show(out: Path) -> None:
     from posttrain.evaluation.harness_report import (
         BUDGETS,
         COMPARED,
-        OVERVIEW,
         budget_rows,
         compared,
         macro_line,
         overview,
+        title_of,
     )
 
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    print_table(OVERVIEW, overview(report))
+    print(title_of(report))
+    print_table(*overview(report))
     if "macro mean" in report:
         print(macro_line(report))
     if "comparison" in report:
-        print_table(COMPARED, compared(report["comparison"]))
+        print_table(COMPARED, compared(report["comparison"]), keys=2)
         print("accuracy within b tokens:")
-        print_table(BUDGETS, budget_rows(report["comparison"]))
+        print_table(BUDGETS, budget_rows(report["comparison"]), keys=2)
     for name, summary in report["benchmarks"].items():
         for warning in summary["warnings"]:
             print(f"{name}: {warning}")

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
@@ -10,16 +11,37 @@ if TYPE_CHECKING:
     from posttrain.evaluation.arms import Arm
     from posttrain.evaluation.intervals import Comparison
 
+GAP = 2  # between columns
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """The first column to the left, the others to the right."""
-    table = Table(box=None, pad_edge=False)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    width = None if Console().is_terminal else 120
-    Console(width=width, markup=False, emoji=False).print(table)  # a cell is text, whoever wrote it
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], keys: int = 1) -> None:
+    """The first column to the left, the others to the right. In a terminal, what does not fit beside the first `keys` columns
+    follows below, behind these again; elsewhere a line is as long as it must be."""
+    rows = [*rows]
+    lines = [[line for row in (columns, *rows) for line in row[index].split("\n")] for index in range(len(columns))]
+    widths = [max(map(cell_len, column)) for column in lines]
+    terminal = Console()
+    width = terminal.width if terminal.is_terminal else sum(widths) + GAP * len(widths)
+    console = Console(width=width, markup=False, emoji=False)  # a cell is text, whoever wrote it
+    for block in _blocks(widths, keys, width):
+        table = Table(box=None, pad_edge=False)
+        for index in block:
+            table.add_column(columns[index], justify="right" if index else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(row[index] for index in block))
+        console.print(table)
+
+
+def _blocks(widths: Sequence[int], keys: int, width: int) -> list[list[int]]:
+    """Which columns stand beside each other, within this width where that is possible."""
+    blocks = [[*range(keys)]]
+    for index in range(keys, len(widths)):
+        wider = [*blocks[-1], index]
+        if len(blocks[-1]) > keys and sum(widths[each] + GAP for each in wider) - GAP > width:
+            blocks.append([*range(keys), index])
+        else:
+            blocks[-1] = wider
+    return blocks
 
 
 def percent_range(low: float, high: float) -> str:

@@ -118,7 +118,7 @@ def definitions(summaries: dict[str, dict[str, Any]]) -> dict[str, str]:
 def markdown(report: dict[str, Any]) -> str:
     """The report for a README or a pull request."""
     lines = [f"# {title_of(report)}", "", f"Fingerprint `{report['fingerprint'][:16]}`.", ""]
-    lines += table_lines(OVERVIEW, overview(report))
+    lines += table_lines(*overview(report))
     if "macro mean" in report:
         lines += ["", macro_line(report)]
     if "comparison" in report:
@@ -144,11 +144,10 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join([*lines, "", "## What made this", "", "```json", manifest, "```", ""])
 
 
-OVERVIEW = ("benchmark", "problems", "n", "pass@1", "95 % interval", "tokens", "truncated", "answer found")
 COMPARED = (
     "benchmark",
-    "problems",
     "metric",
+    "problems",
     "run",
     "baseline",
     "difference",
@@ -161,20 +160,24 @@ COMPARED = (
 BUDGETS = ("benchmark", "b", "run", "baseline", "difference", "95 % interval")
 
 
-def overview(report: dict[str, Any]) -> list[tuple[str, ...]]:
-    """One row per benchmark."""
-    return [
+def overview(report: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Columns, and one row per benchmark; with the KL where there is guidance."""
+    benchmarks = report["benchmarks"]
+    guided = any("kl" in summary for summary in benchmarks.values())
+    columns = ("benchmark", "problems", "n", "pass@1", "95 % interval", *(("KL, nats",) if guided else ()))
+    return (*columns, "tokens", "truncated", "answer found"), [
         (
             name,
             str(summary["problems"]),
             str(summary["n"]),
             percent(summary["metrics"]["pass@1"]["value"]),
             interval(summary["metrics"]["pass@1"]),
+            *((f"{summary['kl']['value']:.3f}" if summary["kl"] else "not known",) if guided else ()),
             f"{summary['tokens']['mean']:.1f}",
             percent(summary["shares"]["truncation"]),
             percent(summary["shares"]["answer_found"]),
         )
-        for name, summary in report["benchmarks"].items()
+        for name, summary in benchmarks.items()
     ]
 
 
@@ -193,8 +196,8 @@ def compared(comparison: dict[str, Any]) -> list[tuple[str, ...]]:
     return [
         (
             name,
-            str(entry["problems"]),
             metric,
+            str(entry["problems"]),
             percent(found["run"]),
             percent(found["baseline"]),
             f"{100 * found['difference']:+.1f}",
@@ -322,7 +325,7 @@ def write_html(path: Path, report: dict[str, Any], results: Sequence[Result]) ->
         title=title_of(report),
         lead=f"Fingerprint {report['fingerprint'][:16]}. Intervals are 95 %, over problems; every number is defined below.",
         overview=overview(report),
-        columns={"overview": OVERVIEW, "compared": COMPARED, "budgets": BUDGETS},
+        columns={"compared": COMPARED, "budgets": BUDGETS},
         macro=macro_line(report) if "macro mean" in report else "",
         comparison=report.get("comparison"),
         compared=compared(report["comparison"]) if "comparison" in report else [],

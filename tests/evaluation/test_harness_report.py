@@ -11,6 +11,7 @@ from posttrain.evaluation.harness_report import (
     build_report,
     common_prefix,
     markdown,
+    overview,
     script_safe,
     write_html,
     write_reports,
@@ -68,14 +69,19 @@ def test_a_guided_page_says_by_what(tmp_path):
 
 
 def test_of_lazy_guidance_the_kl_is_not_known(tmp_path):
-    lines = {}
+    lines, shown = {}, {}
     for kl in ([[0.5, 1.5]], [[None, None]]):
         result = replace(result_of(["=-"]), kl=kl)
         report = build_report(run_of(result), [result])
         lines[kl[0][0]] = next(line for line in markdown(report).splitlines() if line.startswith("- KL to"))
         assert _measured(report, result).arms[0].name == "guided"
         json.dumps(report, allow_nan=False)
+        columns, [row] = overview(report)
+        shown[kl[0][0]] = dict(zip(columns, row, strict=True))["KL, nats"]
         write_html(tmp_path / "report.html", report, [result])
+        assert shown[kl[0][0]] in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert shown == {0.5: "1.000", None: "not known"}
+    assert "KL, nats" not in overview(build_report(run_of(), [result_of(["=-"])]))[0]
     assert lines[None].endswith(": not known (lazy guidance)") and ": 1.000" in lines[0.5]
     assert _measured(report, result).arms[0].measures == {}
 
