@@ -34,7 +34,8 @@ from posttrain.rollouts.table import (
 def given_table(file: str | Path, tokenizer: Any, out: str | Path) -> RolloutTable:
     """The table of a file's rows in the folder `out`; one that was made of the same file and tokenizer is kept.
 
-    Errors: UserError naming `completions` and the first row that lacks something, or `out`, which another file's table fills.
+    Errors: UserError naming `completions` and the first row that lacks something or cannot be spelt, before
+    anything is written; `out`, which another file's table fills.
     """
     file, out = Path(file), Path(out)
     settings = {
@@ -81,6 +82,7 @@ def _row(row: dict[str, Any], tokenizer: Any, where: str) -> dict[str, Any]:
         if row.get("logprobs") is not None or row.get("process_rewards") is not None:
             raise UserError(f"completions: {where} has logprobs or process_rewards, which need its completion_ids")
         completion_ids = list(tokenizer(completion, add_special_tokens=False)["input_ids"])
+        _check_spelt(completion, completion_ids, tokenizer, where)
         completion_ids += [] if truncated else [tokenizer.eos_token_id]
     reward = row.get("reward")
     if isinstance(reward, bool):
@@ -114,3 +116,16 @@ def _row(row: dict[str, Any], tokenizer: Any, where: str) -> dict[str, Any]:
         "cut": 0,
         "sampling": None,
     }
+
+
+def _check_spelt(text: str, ids: list[int], tokenizer: Any, where: str) -> None:
+    """Whether a text's tokens say it. Errors: UserError naming `completions`, the row, and what is lost."""
+    spelt = tokenizer.decode(ids, skip_special_tokens=True)
+    if spelt.startswith(text):
+        return
+    special = [token for token in tokenizer.all_special_tokens if token in text]
+    lost = special or [character for character in dict.fromkeys(text) if character not in spelt]
+    what = f"has {', '.join(map(repr, lost[:5]))}, which" if lost else f"says {text[:40]!r}, which"
+    raise UserError(
+        f"completions: {where} {what} the model's tokenizer cannot spell as text; change it, or give completion_ids instead"
+    )

@@ -69,6 +69,23 @@ def test_a_row_that_lacks_something_is_named(tmp_path, change, message):
     assert not (tmp_path / "table").exists()
 
 
+@pytest.mark.parametrize(
+    ("completion", "message"),
+    [
+        ("1+2=3\n#### é, é or 日", r"given.jsonl row 2 has '\\n', 'é', '日', which the model's tokenizer cannot spell"),
+        (
+            "3<|end|>",
+            r"row 2 has '<\|end\|>', which the model's tokenizer cannot spell as text; change it, or give compl",
+        ),
+    ],
+)
+def test_a_text_that_its_tokens_do_not_say_is_refused_and_the_mended_file_is_taken(tmp_path, completion, message):
+    broken = written(tmp_path, [ROWS[0], {**ROWS[2], "completion": completion}])
+    with pytest.raises(UserError, match=f"^completions: .*{message}"):
+        given_table(broken, TOKENIZER, tmp_path / "table")
+    assert len(given_table(written(tmp_path, ROWS), TOKENIZER, tmp_path / "table")) == 3
+
+
 def test_files_that_are_none_are_named(tmp_path):
     with pytest.raises(UserError, match="completions: no such .jsonl or .parquet file"):
         given_table(tmp_path / "none.jsonl", TOKENIZER, tmp_path / "table")
