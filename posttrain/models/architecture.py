@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.config import read_yaml
-from posttrain.errors import UserError
-from posttrain.models.load import TINY
-
-PUBLISHED = Path(__file__).parents[1] / "assets" / "architectures.yaml"
+from posttrain.errors import UserError, nearest
+from posttrain.models.load import PUBLISHED, TINY, known_models
 
 
 @dataclass(frozen=True)
@@ -125,4 +123,5 @@ def _from_hub(name: str) -> Path:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"model: {name} is neither 'tiny', a folder, a .gguf file, nor a model whose configuration is at hand ({reason})"
+            f"{nearest(name, known_models())}"
         ) from None

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.errors import UserError
+from posttrain.config import read_yaml
+from posttrain.errors import UserError, nearest
 from posttrain.provenance import hash_files
 
 if TYPE_CHECKING:
     import torch
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny"
+PUBLISHED = Path(__file__).parents[1] / "assets" / "architectures.yaml"
 FINGERPRINTED = (  # files of a policy's folder that decide what it says
     *("*.safetensors", "config.json", "generation_config.json"),
     *("tokenizer*", "vocab.json", "merges.txt", "chat_template*"),
@@ -129,6 +131,11 @@ def model_folder(name: str) -> Path:
     return _from_hub(name)
 
 
+def known_models() -> list[str]:
+    """The names that recipes have: a near miss of one is told."""
+    return ["tiny", *read_yaml(PUBLISHED)]
+
+
 def model_fingerprint(folder: Path) -> str:
     """sha256 over what decides the policy: weights, configuration, end-of-text ids, vocabulary, chat template."""
     return hash_files({file for pattern in FINGERPRINTED for file in folder.glob(pattern) if file.is_file()})
@@ -183,6 +190,7 @@ def _from_hub(name: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"model: {name} is neither 'tiny', a folder, a .gguf file nor a model that the hub gives us ({_first_line(error)})"
+            f"{nearest(name, known_models())}"
         ) from None
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from posttrain.errors import UserError
+from posttrain.models.architecture import architecture
 from posttrain.models.load import TINY, load_model, model_fingerprint
 from tests.small_models import smollm2
 
@@ -44,9 +45,14 @@ def test_a_name_that_the_hub_does_not_give_is_one_line(monkeypatch):
         raise LocalEntryNotFoundError("cannot reach\nthe hub")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    with pytest.raises(UserError, match=r"model: tini is neither .* \(cannot reach\)") as caught:
+    with pytest.raises(
+        UserError, match=r"model: tini is neither .* \(cannot reach\) \(did you mean tiny\?\)$"
+    ) as caught:
         load_model("tini")
     assert "\n" not in str(caught.value)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    with pytest.raises(UserError, match=r"model: Qwen/Qwen3-8b is neither .* \(did you mean Qwen/Qwen3-8B\?\)$"):
+        architecture("Qwen/Qwen3-8b")
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path):
