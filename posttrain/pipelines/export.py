@@ -55,7 +55,7 @@ def export(sources: Sequence[str], out: Path) -> list[str]:
     Errors: UserError naming `source` for one that is none of these, two that contradict each other, or a value model or
     probe of another policy, and `out`.
     """
-    check_folder(out, resume=False)
+    check_folder(out, resume=False, way="delete it")
     found = Found()
     for source in sources:
         _find(source, found)

@@ -215,14 +215,15 @@ def _check_writable(out: Path) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
-def check_folder(out: Path, resume: bool) -> None:
+def check_folder(out: Path, resume: bool, way: str = "--resume continues an interrupted run") -> None:
     """Whether a table can be collected here, before a model is loaded for it; nothing is written.
 
+    way: what else than another folder would be right where this one is not empty.
     Errors: UserError naming `out`, which cannot be written to or, without `resume`, is not empty.
     """
     _check_writable(out)
     if not resume and out.is_dir() and not _is_bare(out):
-        raise UserError(f"out: {out} is not empty; --resume continues an interrupted run, or give another folder")
+        raise UserError(f"out: {out} is not empty; {way}, or give another folder")
 
 
 def _is_bare(out: Path) -> bool:

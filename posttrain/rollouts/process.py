@@ -92,7 +92,7 @@ def write_scored(table: RolloutTable, scores: list[Scores], out: str | Path) -> 
     if len(scores) != len(table):
         raise UserError(f"scores: there are {len(scores)} of {len(table)} rows; one list of each row is needed")
     out = Path(out)
-    check_folder(out, resume=False)
+    check_folder(out, resume=False, way="delete it")
     rows = [{**row, "process_rewards": own} for row, own in zip(table.rows(), scores, strict=True)]
     with reserved(out):
         settings = {**table.manifest["settings"], "process_rewards": True}

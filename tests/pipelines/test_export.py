@@ -156,5 +156,5 @@ def test_what_does_not_go_together_is_one_line(runs, exported, tmp_path):
         with pytest.raises(UserError, match=message):
             export(sources, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
-    with pytest.raises(UserError, match="out: .* is not empty"):
+    with pytest.raises(UserError, match="^out: .* is not empty; delete it, or give another folder$"):
         export(["tiny"], exported)

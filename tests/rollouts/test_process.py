@@ -101,7 +101,7 @@ def test_mistakes_are_named(engine, table, tmp_path):
         monte_carlo_scores(engine, Letters(), table, samples=0, sampling=SAMPLING)
     with pytest.raises(UserError, match="scores: there are 1 of 6 rows"):
         write_scored(table, [[]], tmp_path / "scored")
-    with pytest.raises(UserError, match="out: .* is not empty"):
+    with pytest.raises(UserError, match="^out: .* is not empty; delete it, or give another folder$"):
         write_scored(table, [[]] * 6, table.folder)
 
 
