@@ -2,10 +2,11 @@
 
 posttrain recipe list
 posttrain recipe show NAME
-posttrain recipe check NAME [--gpus N] [--gpu-memory GB]
+posttrain recipe check NAME [--method METHOD] [--gpus N] [--gpu-memory GB]
 
-NAME is one of the list, such as dqo/arithmetic, or a file of your own. `check` refuses what its command would refuse, reckons
-what each GPU needs in every stage, and where that is more than there is, says what to change. Exit code 1: it does not fit.
+NAME is one of the list, such as dqo/arithmetic, or a file of your own, of which --method says what takes it (dqo, say). `check`
+refuses what its command would refuse, reckons what each GPU needs in every stage, and where that is more than there is, says what
+to change. Exit code 1: it does not fit.
 """
 
 import argparse
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("verb", choices=("list", "show", "check"))
     parser.add_argument("name", nargs="?", help="of `posttrain recipe list`, or a file")
+    parser.add_argument("--method", help="the command that takes it, such as dqo; default: as the file's header says")
     parser.add_argument(
         "--gpus", type=int, help="of all machines together, 0 for none; default: as the recipe's launcher"
     )
@@ -39,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
         print(find(args.name).read_text(), end="")
         return 0
-    return _check(args.name, args.gpus, args.gpu_memory)
+    return _check(args.name, args.method, args.gpus, args.gpu_memory)
 
 
 def _list() -> None:
@@ -50,12 +52,12 @@ def _list() -> None:
     print_table(("recipe", "model", "data"), rows)
 
 
-def _check(name: str, gpus: int | None, gigabytes: float) -> int:
+def _check(name: str, method: str | None, gpus: int | None, gigabytes: float) -> int:
     from posttrain.cli.tables import print_table
     from posttrain.pipelines import recipe_memory as needs
     from posttrain.pipelines.recipe import line_for, read, validate
 
-    recipe = read(name)
+    recipe = read(name, method)
     validate(recipe)
     machine = needs.machine_for(recipe, gpus, gigabytes)
     stages = needs.reckon(recipe, machine)

@@ -61,26 +61,35 @@ def find(name: str) -> Path:
     return path
 
 
-def read(name: str) -> Recipe:
-    """Errors: UserError for a header without a launch line, a launcher that is not there, and as `build` says."""
+def read(name: str, method: str | None = None) -> Recipe:
+    """method: of the command that takes it, in one process; default: as its header says.
+
+    Errors: UserError for a header without a launch line, a launcher that is not there, and as `build` says.
+    """
     path = find(name)
     values = read_yaml(path)
     header = [line.lstrip("# ").rstrip() for line in path.read_text().splitlines() if line.startswith("#")]
-    line = next((line for line in header if COMMAND.search(line)), None)
-    if line is None:
-        raise UserError(
-            f'header: {path} must say which command takes it, in a line "# posttrain COMMAND --config FILE"'
-        )
-    command = COMMAND.search(line)[1]  # type: ignore[index]
-    if command not in CONFIGS:
-        raise UserError(f"header: no command {command!r} takes recipes{nearest(command, CONFIGS)}; in {path}")
+    if method is None:
+        line = next((line for line in header if COMMAND.search(line)), None)
+        if line is None:
+            raise UserError(
+                f"method: {path} does not say which command takes it: give --method, one of {', '.join(CONFIGS)}, or begin the file "
+                f'with a line such as "# posttrain dqo --config {path.name}"'
+            )
+        command = COMMAND.search(line)[1]  # type: ignore[index]
+        if command not in CONFIGS:
+            raise UserError(f"header: no command {command!r} takes recipes{nearest(command, CONFIGS)}; in {path}")
+    else:
+        if method not in CONFIGS:
+            raise UserError(f"method: must be one of {', '.join(CONFIGS)}, got {method!r}{nearest(method, CONFIGS)}")
+        command, line = method, f"posttrain {method} {'' if method == 'pipeline' else '--config '}{path}"
     launcher = LAUNCHER.search(line)
     if line.startswith("accelerate") and launcher is None:
         raise UserError(f"header: accelerate's line names no --config_file, in {path}")
     return Recipe(
         name=str(path.relative_to(FOLDER).with_suffix("")) if path.is_relative_to(FOLDER) else str(path),
         path=path,
-        about=header[0],
+        about=header[0] if header else "",
         line=line,
         command=command,
         config=build(CONFIGS[command], values),

@@ -41,6 +41,17 @@ def test_check_says_when_nothing_helps(capsys):
     assert "no settings make it fit" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("header", ["", "# posttrain qsharp --config mine.yaml\n"])
+def test_check_of_a_file_of_one_s_own_is_told_its_method(header, tmp_path, capsys):
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"{header}model: tiny\nout: {tmp_path}/run\ntrain_samples: 4\n")
+    assert main(["recipe", "check", str(file), "--method", "dqo"]) == 0
+    shown = capsys.readouterr().out
+    assert f"{file}: every field is right\nlaunch: posttrain dqo --config {file}\n" in shown
+    assert main(["recipe", "check", str(file), "--method", "dpo"]) == 2
+    assert "method: must be one of qprobe, qsharp, dqo," in capsys.readouterr().err
+
+
 def test_check_without_gpus(capsys):
     assert main(["recipe", "check", "dqo/arithmetic", "--gpus", "0"]) == 0
     shown = capsys.readouterr().out

@@ -101,7 +101,10 @@ def test_a_broken_recipe_is_refused_with_the_right_words(command, fields, messag
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("out: x\n", 'header: .* must say which command takes it, in a line "# posttrain COMMAND --config FILE"'),
+        (
+            "out: x\n",
+            r"^method: .* give --method, one of qprobe, qsharp, dqo, grpo-lambda, pipeline, or .* \"# posttrain dqo --config x.yaml\"",
+        ),
         ("# posttrain dqo --config x.yaml\nout: x\nseed: 1\nseed: 2\n", "seed: stands twice, again in line 4"),
         ("# posttrain dqo --config x.yaml\nmodel: tiny\n", "out: missing"),
         ("# posttrain dqo --config x.yaml\nout: [x\n", "config: .* is not YAML"),
