@@ -101,17 +101,23 @@ def test_bfloat16_weights_under_zero_3_have_float32_heads(tmp_path: Path, alone)
 
 
 def launched(
-    out: Path, stage: int, *options: str, ranks: int = 2, precision: str = "no", checkpoint: Path | None = None
+    out: Path,
+    stage: int,
+    *options: str,
+    script: str = "ranks_dqo.py",
+    ranks: int = 2,
+    precision: str = "no",
+    checkpoint: Path | None = None,
 ) -> None:
+    """A script of this folder on so many ranks, under DDP where `stage` is 0."""
     port = str(free_port())
     launch = ["torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", port]
     if stage:
         launch = ["accelerate.commands.launch", "--use_deepspeed", "--zero_stage", str(stage)]
         launch += ["--mixed_precision", precision, "--num_processes", str(ranks), "--main_process_port", port]
-    script = Path(__file__).with_name("ranks_dqo.py")
     resume = ["--resume", str(checkpoint)] if checkpoint else []
     done = subprocess.run(
-        [sys.executable, "-m", *launch, str(script), str(out), *options, *resume],
+        [sys.executable, "-m", *launch, str(Path(__file__).with_name(script)), str(out), *options, *resume],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
