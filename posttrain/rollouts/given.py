@@ -14,6 +14,7 @@ any order; rows of equal prompt ids are completions of one prompt.
 import math
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from posttrain.data.load import read_rows
 from posttrain.data.prompts import render
@@ -119,9 +120,12 @@ def _row(row: dict[str, Any], tokenizer: Any, where: str) -> dict[str, Any]:
 
 
 def _check_spelt(text: str, ids: list[int], tokenizer: Any, where: str) -> None:
-    """Whether a text's tokens say it. Errors: UserError naming `completions`, the row, and what is lost."""
-    spelt = tokenizer.decode(ids, skip_special_tokens=True)
-    if spelt.startswith(text):
+    """Whether a text's tokens say it, but for the normal form in which some tokenizers write accents.
+
+    Errors: UserError naming `completions`, the row, and what is lost.
+    """
+    spelt = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    if normalize("NFKC", spelt) == normalize("NFKC", text):
         return
     special = [token for token in tokenizer.all_special_tokens if token in text]
     lost = special or [character for character in dict.fromkeys(text) if character not in spelt]
