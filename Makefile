@@ -11,9 +11,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 help:
 	@echo "make demo       the whole path on the embedded model; writes runs/demo/report.html"
 	@echo "            (FAST=1: less of it, in runs/demo-fast)"
-	@echo "make test       lint and every test, with the real vLLM and DeepSpeed"
+	@echo "make test       lint and all tests, with the real vLLM and DeepSpeed"
 	@echo "make test-fast  lint and the tests that take under two minutes"
-	@echo "make coverage   every test, and the share of lines that they run; fails under 90 %"
+	@echo "make coverage   all tests, and the share of lines that they run; fails under 90 %"
 	@echo "make soak       the long checks whole, hours; make test has a short instance of each"
 	@echo "make lint       ruff and mypy"
 	@echo "make eval       benchmarks of the harness on the embedded model"

@@ -66,7 +66,8 @@ class ServiceRollouts:
 
 
 def save_merged(model: Any, folder: str) -> None:
-    """A model's weights as the architecture's own; an adapter is merged into copies of what it adapts."""
+    """A model's weights as the architecture's own; an adapter is merged into copies of what it adapts, one at a
+    time on the model's device."""
     if not isinstance(model, PeftModel):
         model.save_pretrained(folder)
         return
@@ -78,5 +79,7 @@ def save_merged(model: Any, folder: str) -> None:
         if isinstance(layer, BaseTunerLayer):
             copied = copy.deepcopy(layer)  # merging where it stands and unmerging would drift, push by push
             copied.merge()
-            weights |= {f"{place}.{name}": weight for name, weight in copied.get_base_layer().state_dict().items()}
+            weights |= {
+                f"{place}.{name}": weight.cpu() for name, weight in copied.get_base_layer().state_dict().items()
+            }
     base.save_pretrained(folder, state_dict=weights)

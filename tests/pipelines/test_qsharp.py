@@ -182,7 +182,7 @@ def test_guidance_raises_accuracy_and_cd_does_not_do_more_with_its_kl(tmp_path):
     """500 test problems, two samples each at temperature 1, the recipe of the demo, in one seed; the soak: in three (`pytest -s`
     prints the tables)."""
     (value,) = (each.config.value for each in stages_of(read("pipeline/demo").config) if each.method == "qsharp")
-    config = QSharpConfig(out=str(tmp_path), guided_samples=2, sweep=(), shard_prompts=100, value=value)
+    config = QSharpConfig(out=str(tmp_path), guided_samples=2, shard_prompts=100, value=value)
     found = study(config, size((0,), (0, 1, 2)), tmp_path)
     print_study(found)
     for of_seed in found.values():

@@ -82,7 +82,7 @@ async function ask() {
   conceal();
   $("go").textContent = "Stop";
   try {
-    // The same seed: where guidance changes nothing, the same noise draws the same tokens.
+    // The same seed: where guidance changes nothing, the same noise draws the same tokens; a lazy guide draws in another way.
     const asked = columns.map(([, more]) => call("/v1/chat/completions", { ...common, ...more }, controller.signal));
     const told = await Promise.all(asked);
     const [base, guided] = told.map((one) => tokensOf(one.choices[0]).map((token) => token.token));
