@@ -13,7 +13,7 @@ from typing import TextIO
 
 from posttrain import __version__
 from posttrain.errors import Terminated, UserError, nearest, why_unwritten
-from posttrain.pipelines.ranks import is_lost_peer, let_the_first_speak, rank
+from posttrain.pipelines.ranks import is_lost_peer, let_the_first_speak, part, rank
 from posttrain.record import recording
 
 PACKAGE = Path(__file__).parents[1]
@@ -141,7 +141,9 @@ def _dispatch(argv: list[str]) -> int:
     module, parser = command_of(argv[0])
     args = parser.parse_args(argv[1:])
     with recording(argv, first=rank() == 0):
-        return module.run(args) or 0
+        code: int = module.run(args) or 0
+    part()
+    return code
 
 
 if __name__ == "__main__":

@@ -94,6 +94,13 @@ def release(trainer: Any) -> None:
     unset_hf_deepspeed_config()
 
 
+def part() -> None:
+    """Ends what joined the processes of a command that is done: a thread of it that outlives the interpreter would abort that."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def is_lost_peer(error: BaseException) -> bool:
     """Whether a collective call has failed because another process is gone, in the words of gloo, NCCL or the store."""
     words = (

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from posttrain.models.actor_critic import ActorCritic, new_critic
+from posttrain.pipelines.ranks import part
 from posttrain.trainers.dqo import DQOConfig, DQOTrainer, labelled
 from tests.small_models import BASE
 
@@ -92,3 +93,4 @@ if __name__ == "__main__":
     parser.add_argument("--resume", type=Path)
     args = parser.parse_args()
     main(args.out, args.bf16, args.resume)
+    part()

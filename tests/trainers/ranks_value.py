@@ -10,6 +10,7 @@ from pathlib import Path
 
 from posttrain.models.load import load_model
 from posttrain.models.value import new_value_model
+from posttrain.pipelines.ranks import part
 from posttrain.trainers.value import ValueConfig, ValueTrainer
 
 
@@ -59,3 +60,4 @@ if __name__ == "__main__":
     parser.add_argument("--resume", type=Path)
     args = parser.parse_args()
     main(args.out, args.resume)
+    part()
