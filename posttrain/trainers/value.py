@@ -23,6 +23,7 @@ from posttrain.objectives.qsharp import (
     negative_log_likelihood,
 )
 from posttrain.provenance import versions, write_json
+from posttrain.trainers.head_dropout import HeadDropout, check_dropout
 from posttrain.trainers.value_examples import Example, collate, unpack
 from posttrain.trainers.value_metrics import metrics_by_position, value_metrics
 
@@ -50,6 +51,12 @@ class ValueConfig(TrainingArguments):
         default="row",
         metadata={"help": "row: mean over a completion's tokens, then over completions; token: over all tokens"},
     )
+    head_dropout: float = field(default=0.0, metadata={"help": "rate, of what the head reads"})
+    dropout_schedule: str = field(
+        default="constant",
+        metadata={"help": "constant; early: falls to 0 within dropout_cutoff; late: begins there"},
+    )
+    dropout_cutoff: int | None = field(default=None, metadata={"help": "steps, of an early or late schedule"})
     packing: bool = field(
         default=False, metadata={"help": "rows one after the other without padding; for flash attention"}
     )
@@ -60,6 +67,7 @@ class ValueConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.reduction not in ("row", "token"):
             raise UserError(f"reduction: must be row or token, got {self.reduction!r}")
+        check_dropout(self.head_dropout, self.dropout_schedule, self.dropout_cutoff)
         self.remove_unused_columns = False
         self.label_names = ["returns", "mask"]
         super().__post_init__()
@@ -120,6 +128,9 @@ class ValueTrainer(Trainer):
             callbacks=callbacks,
             compute_metrics=self._metrics,
         )
+        if args.head_dropout:
+            reads = model.head if model.config.head == "v" else model.head.prefix
+            self.add_callback(HeadDropout(reads, args.head_dropout, args.dropout_schedule, args.dropout_cutoff or 0))
         self.model_accepts_loss_kwargs = True  # the loss below divides by the count of the whole step itself
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
