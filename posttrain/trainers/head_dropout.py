@@ -4,7 +4,7 @@ Early dropout helps a model that underfits, late dropout one that overfits. The 
 layer while it trains, and on nothing else: the policy's forward, evaluation and what is saved know of none.
 """
 
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,11 +12,10 @@ from transformers import TrainerCallback
 
 from posttrain.errors import UserError
 
-Schedule = Literal["constant", "early", "late"]
-SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+SCHEDULES = ("constant", "early", "late")
 
 
-def dropout_rate(rate: float, schedule: Schedule, cutoff: int, step: int) -> float:
+def dropout_rate(rate: float, schedule: str, cutoff: int, step: int) -> float:
     """The rate at a step (from 0): `constant`; `early`, linearly from `rate` to 0 in the first `cutoff` steps and 0 from then
     on; `late`, 0 before step `cutoff` and `rate` from there."""
     if schedule == "early":
@@ -39,7 +38,7 @@ def check_dropout(rate: float, schedule: str, cutoff: int | None) -> None:
 class HeadDropout(TrainerCallback):
     """Masks the inputs of `layer` in training mode; the step's number is the trainer's, so a resumed training goes on."""
 
-    def __init__(self, layer: nn.Module, rate: float, schedule: Schedule, cutoff: int) -> None:
+    def __init__(self, layer: nn.Module, rate: float, schedule: str, cutoff: int) -> None:
         self.rate, self.schedule, self.cutoff = rate, schedule, cutoff
         self.now = 0.0
         layer.register_forward_pre_hook(self._drop)
