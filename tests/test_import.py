@@ -1,6 +1,8 @@
 import subprocess
 import sys
 
+import pytest
+
 
 def run(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -11,6 +13,7 @@ def test_import_is_light():
     assert run(f"import sys, posttrain, posttrain.cli.main; print(sorted({heavy} & set(sys.modules)))").strip() == "[]"
 
 
+@pytest.mark.slow
 def test_objectives_import_torch_and_nothing_of_ours():
     code = (
         "import sys, importlib, pkgutil, posttrain.objectives as o\n"
@@ -21,6 +24,7 @@ def test_objectives_import_torch_and_nothing_of_ours():
     assert run(code).strip() == "[] False"
 
 
+@pytest.mark.slow
 def test_the_command_line_needs_no_vllm_deepspeed_trl_or_peft():
     code = (
         "import sys\n"

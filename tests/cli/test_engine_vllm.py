@@ -59,6 +59,7 @@ def test_a_guided_table_by_vllm_is_the_transformers_engines_where_nothing_is_dra
     assert settings["guidance"]["candidates"] == 8
 
 
+@pytest.mark.slow
 def test_an_evaluation_refuses_the_same(tmp_path, capsys):
     command = ("eval", "arithmetic", "--model", "tiny", "--out", str(tmp_path / "run"), "--engine", "vllm")
     assert main([*command, "--device", "cpu"]) == 2

@@ -358,6 +358,7 @@ def test_without_a_whole_checkpoint_a_training_begins_anew(training_of, capsys):
     assert all(line.startswith("posttrain: warning: ") for line in said)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_while_a_shard_is_written(tmp_path, capsys, monkeypatch):
     argv = "rollout --model tiny --data arithmetic --samples 2 --limit 4 --shard-prompts 2 --max-tokens 8".split()
     argv += ["--device", "cpu", "--out", str(tmp_path / "run")]

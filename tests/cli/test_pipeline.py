@@ -7,6 +7,7 @@ from posttrain.record import read_metrics, read_status
 from tests.small_demo import DEMO, write
 
 
+@pytest.mark.slow
 def test_one_table_and_two_files(tmp_path, capsys):
     path = write(tmp_path, stages=DEMO["stages"][:1])
     out = tmp_path / "other"

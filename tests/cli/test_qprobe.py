@@ -20,6 +20,7 @@ def recipe(tmp_path):
     return write
 
 
+@pytest.mark.slow
 def test_a_recipe_is_run_into_the_folder_of_the_command_line(tmp_path, recipe, capsys):
     assert main(["qprobe", "--config", recipe(), "--out", str(tmp_path / "other"), "--model", "tiny"]) == 0
     out = tmp_path / "other"

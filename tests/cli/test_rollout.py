@@ -54,6 +54,7 @@ def test_a_table_is_collected_and_summarised(tmp_path, capsys):
         assert figure in shown
 
 
+@pytest.mark.slow
 def test_of_a_lazily_guided_table_what_is_not_known_is_null(tmp_path, capsys):
     policy = load_model("tiny", "cpu", "float32")
     new_value_model(policy, "v", layers=1, zero_init=False).save_pretrained(tmp_path / "value")
@@ -68,6 +69,7 @@ def test_of_a_lazily_guided_table_what_is_not_known_is_null(tmp_path, capsys):
     assert "KL, nats not known" in (tmp_path / "lazy" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_an_interrupted_table_is_continued_to_the_same_bytes(tmp_path):
     options = ("--limit", "4", "--shard-prompts", "1")
     assert rollout(tmp_path / "whole", more=options) == rollout(tmp_path / "cut", more=options) == 0

@@ -29,6 +29,7 @@ def test_answers_agree_with_python(level):
             assert all(10 <= value <= 99 for value in problem.running_values(careful))
 
 
+@pytest.mark.slow
 def test_splits_never_overlap_whatever_sizes_and_seeds():
     texts = {
         split: {p.text for seed in (0, 1) for p in problems(3000, split, seed)} for split in ("train", "val", "test")

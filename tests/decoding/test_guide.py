@@ -107,6 +107,7 @@ def check(policy, value, guidance, asked, slots=5):
 BETAS = (0.1, None, 1.0, float("inf"), 0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("atoms", [None, ATOMS])
 @pytest.mark.parametrize("head", ["v", "q", "shared"])
 @pytest.mark.parametrize("outside", ["mask", "zero_tilt"])
@@ -115,6 +116,7 @@ def test_equals_naive_guidance(head, atoms, outside):
     check(build_model("llama"), value_model(head, atoms=atoms), guidance, requests(14, BETAS, temperature=0.8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen2", "gemma3"])
 @pytest.mark.parametrize("head", ["v", "q"])
 def test_equals_naive_guidance_in_other_families(kind, head):
@@ -123,6 +125,7 @@ def test_equals_naive_guidance_in_other_families(kind, head):
     check(build_model("llama"), value_model(head, kind), guidance, requests(9, BETAS))
 
 
+@pytest.mark.slow
 def test_tokens_wait_and_are_read_in_time():
     """A peaked policy whose top token often needs no scoring, for longer than tokens may wait."""
     guidance = Guidance(candidates=8, delta=0.3, outside="zero_tilt")
@@ -130,6 +133,7 @@ def test_tokens_wait_and_are_read_in_time():
         check(build_model("llama"), value_model(head), guidance, requests(10, (0.2,), temperature=0.3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"temperature": 0}, {"top_p": 0.7}, {"top_k": 2, "temperature": 1.3}])
 def test_filters_come_after_the_tilt(settings):
     check(build_model("llama"), value_model("v"), Guidance(candidates=7), requests(8, BETAS, **settings))
@@ -141,6 +145,7 @@ def test_controlled_decoding_uses_the_mean():
     )
 
 
+@pytest.mark.slow
 def test_neighbours_have_no_say():
     policy, value = build_model("llama"), value_model("v")
     asked = requests(12, BETAS)

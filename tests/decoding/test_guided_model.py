@@ -81,6 +81,7 @@ def test_unguided_greedy_is_transformers_own_generate(guided, batch):
     )
 
 
+@pytest.mark.slow
 def test_its_beta_and_where_the_noise_comes_from(guided, batch, monkeypatch):
     one, asked = batch["input_ids"][:1], []
     real = guided.engine.generate

@@ -80,6 +80,7 @@ def check(policy, value, asked, **settings):
         assert done.kl is done.log_ratio is None and done.logprobs == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", ["qsharp", "cd"])
 @pytest.mark.parametrize("atoms", [None, ATOMS])
 def test_equals_valuing_every_candidate_with_the_same_noise(atoms, law):
@@ -88,6 +89,7 @@ def test_equals_valuing_every_candidate_with_the_same_noise(atoms, law):
     check(build_model("llama"), value_model("v", atoms=atoms), asked, candidates=12, delta=0.02, law=law)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "temperature"), [("qwen2", 0.0), ("gemma3", 1.4)])
 def test_also_greedily_and_in_other_families(kind, temperature):
     asked = requests(9, (0.05, 0.4, None), temperature=temperature)
@@ -95,6 +97,7 @@ def test_also_greedily_and_in_other_families(kind, temperature):
     check(build_model("llama"), value_model("v", kind), asked, candidates=20, delta=0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "most"), [("llama", 2), ("gemma3", session.MOST_WAITING)])
 def test_tokens_wait_and_are_read_in_time(kind, most, monkeypatch):
     """What is drawn seldom needs a value, for longer than tokens may wait, and than gemma's sliding window of 8."""
@@ -109,6 +112,7 @@ def test_tokens_wait_and_are_read_in_time(kind, most, monkeypatch):
     assert 0 in valued, "none was read but beside candidates"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("beta", "atoms"), [(0.3, None), (0.7, ATOMS)])
 def test_drawn_tokens_follow_the_guided_law(beta, atoms):
     policy, value, prompt, draws = build_model("llama"), value_model("v", atoms=atoms), (5, 9, 33), 20_000

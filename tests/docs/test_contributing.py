@@ -5,11 +5,14 @@ import sys
 import types
 from pathlib import Path
 
+import pytest
+
 from posttrain.config import build
 from posttrain.pipelines import pipeline
 from tests.small_demo import DEMO
 
 
+@pytest.mark.slow
 def test_the_worked_example_is_a_stage_of_a_pipeline(tmp_path, monkeypatch):
     text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
     (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)

@@ -276,6 +276,7 @@ def test_times_are_in_times_json_and_the_tables_manifests_alone(tmp_path, evalua
     assert set(json.loads((folders[0] / "times.json").read_text())["sums"]) == {"generate", "grade"}
 
 
+@pytest.mark.slow
 def test_the_key_covers_what_can_change_a_completion(data, evaluated, tmp_path):
     def key(name, **changes):
         evaluate(tasks_of(data, **changes), adder(), tmp_path / name, say=quiet)

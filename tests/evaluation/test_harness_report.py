@@ -154,6 +154,7 @@ def test_markdown_tables_hold_whatever_stands_in_them():
     assert "| a\\|b | 1 |" in markdown(build_report(run_of(), [result]))
 
 
+@pytest.mark.slow
 def test_the_same_evaluation_writes_the_same_report(evaluated):
     out = evaluated()
     before = (out / "report.html").read_bytes()

@@ -66,6 +66,7 @@ def coverage(problems, samples, law, runs):
     return covered / runs
 
 
+@pytest.mark.slow
 def test_bootstrap_covers_95_percent():
     assert coverage(60, 8, (1, 1), 2000) == pytest.approx(0.95, abs=0.015)
 
@@ -131,6 +132,7 @@ def test_bootstrap_stays_within_the_values(level):
     assert 0 <= low <= values.mean() <= high <= 1
 
 
+@pytest.mark.slow
 def test_bootstrap_memory_is_bounded():
     values = np.random.default_rng(0).random(20_000)
     tracemalloc.start()
@@ -301,6 +303,7 @@ def test_paired_test_keeps_its_level(samples, runs):
     assert rejected / runs >= 0.02  # not by never rejecting
 
 
+@pytest.mark.slow
 def test_paired_test_has_80_percent_power_at_the_detectable_difference():
     rng = np.random.default_rng(2)
     rejected, runs, problems, samples = 0, 600, 100, 8

@@ -244,6 +244,7 @@ def test_weights_that_are_no_votes_are_refused_by_name(weight):
 # Best of n
 
 
+@pytest.mark.slow
 @settings(deadline=None)  # the first call imports torch
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 1)), min_size=1, max_size=8))
 def test_best_of_n_equals_enumeration(samples):

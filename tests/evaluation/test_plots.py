@@ -121,6 +121,7 @@ def test_calibration_of_fewer_completions_than_bins():
     assert calibration(np.array([0.2, 0.8]), np.array([0.0, 1.0])).startswith("<svg")
 
 
+@pytest.mark.slow
 def test_bars_are_as_high_as_their_counts():
     svg = length_histogram({"right": [3] * 5 + [39], "wrong": [20] * 10})
     bars = [bar for colour in (COLOURS[3], COLOURS[5]) for bar in outlines(svg, colour, filled=True)]

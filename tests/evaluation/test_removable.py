@@ -68,6 +68,7 @@ def test_the_share_that_is_gone():
     assert removed(before, before).share == 0
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_share():
     """In 200 draws of 60 problems; the share of a large population is 0.6."""
     rng = np.random.default_rng(0)

@@ -44,6 +44,7 @@ def test_problems_are_the_same_whatever_the_prompt(folders, tmp_path):
     assert problems_of(plain) == read_arms(folders[1])[0].problems != problems_of(asked)
 
 
+@pytest.mark.slow
 def test_runs_on_the_same_problems_are_paired_and_others_are_not(written, folders):
     out, found = written
     assert [(each.problems, len(each.arms[1])) for each in found] == [(40, 6), (30, 4)]
@@ -116,6 +117,7 @@ def test_what_is_no_run_is_one_line(folders, tmp_path):
     assert not (tmp_path / "report").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 def test_in_a_browser_light_and_dark_on_a_phone_and_a_desk(written, tmp_path):
     with browser(tmp_path / "profile") as page:

@@ -55,6 +55,7 @@ def swept(folder):
     return Swept(write_data(folder / "sums.jsonl"), folder / "sweep")
 
 
+@pytest.mark.slow
 def test_both_laws_are_measured_at_every_beta_beside_the_model_alone(folder, swept):
     out = folder / "sweep"
     assert sorted(path.name for path in out.iterdir() if path.is_dir()) == sorted(RUNS)
@@ -95,6 +96,7 @@ def test_a_prompt_is_shown_once(swept):
     assert [line for line in swept.said if line.removesuffix(":") in RUNS] == [f"{name}:" for name in RUNS]
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_kept(folder, swept):
     page = (folder / "sweep" / "frontier.html").read_bytes()
     again = Swept(folder / "sums.jsonl", folder / "sweep", resume=True)

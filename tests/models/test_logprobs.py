@@ -97,6 +97,7 @@ class Largest(TorchDispatchMode):
         return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [False, True])
 def test_no_tensor_of_tokens_times_a_large_vocabulary(frozen, monkeypatch):
     """In forward and backward, of 512 tokens and 150 000 words, none is larger than a chunk, or than the head."""

@@ -316,11 +316,13 @@ def test_another_kind_of_model(policy):
     refused(TINY, policy, "holds a 'llama', not a value model")
 
 
+@pytest.mark.slow
 def test_a_config_that_is_not_json(saved, policy):
     (saved / "config.json").write_text("{")
     refused(saved, policy, "is damaged")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

@@ -395,6 +395,7 @@ def converges(mu, lam, weighted, full_gradient=False, steps=600):
     close(values, OPTIMAL_VALUES, 1e-8)
 
 
+@pytest.mark.slow
 def test_tree_converges_to_the_optimum():
     converges(UNDER_REF, 1.0, weighted=True)
 

@@ -208,6 +208,7 @@ def trained_scores(loss, seed):
     return (test_features @ theta + bias).detach(), test_rewards
 
 
+@pytest.mark.slow
 def test_with_a_confounded_feature_the_policy_loss_beats_the_pointwise_ones():
     def mean_value(loss, beta):
         return sum(chunked_value(*trained[loss, seed], 10, beta).item() for seed in range(6)) / 6

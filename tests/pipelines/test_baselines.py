@@ -38,6 +38,7 @@ def finished(tmp_path_factory):
     return out, dqo.run(replace(SMALL, out=str(out)), say=lambda _: None)
 
 
+@pytest.mark.slow
 def test_one_table_has_them_all_and_each_is_an_ordinary_policy(finished):
     out, result = finished
     assert list(result.arms) == ["base", "majority", "oracle", "dqo", *METHODS]
@@ -98,6 +99,7 @@ def test_a_policy_of_other_settings_is_not_overwritten(finished):
         dqo.run(replace(SMALL, out=str(out), dpo=BaselineTraining(batch_size=4, beta=0.5)), say=lambda _: None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_an_interrupted_training_goes_on_to_the_same_parameters(finished, tmp_path, monkeypatch, method):
     out, result = finished

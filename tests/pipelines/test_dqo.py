@@ -37,6 +37,7 @@ def finished(tmp_path_factory):
     return out, run(replace(SMALL, out=str(out)), say=lambda _: None)
 
 
+@pytest.mark.slow
 def test_the_policy_is_trained_and_measured(finished):
     out, result = finished
     assert {"base", "majority", "oracle", "dqo"} == set(result.arms)
@@ -60,6 +61,7 @@ def test_the_value_model_ranks_completions_of_the_trained_policy_and_guides_no_t
         load_critic(out / "policy", after)
 
 
+@pytest.mark.slow
 def test_adapters_are_merged_into_the_policy(finished, tmp_path):
     out, _ = finished
     policy, table = load_model("tiny", "cpu", "float32"), read_table(out / "train")
@@ -92,6 +94,7 @@ def test_a_policy_of_other_settings_is_not_overwritten(finished):
         run(other, say=lambda _: None)
 
 
+@pytest.mark.slow
 def test_prompts_may_be_covered_unevenly(tmp_path):
     recipe = build(DQORunConfig, read_yaml("recipes/dqo/low_coverage.yaml"))
     assert (recipe.least_train_samples, recipe.train_samples, dqo.per_prompt(recipe)) == (1, 2, "1 to 2")
@@ -104,6 +107,7 @@ def test_prompts_may_be_covered_unevenly(tmp_path):
         replace(recipe, least_train_samples=3)
 
 
+@pytest.mark.slow
 def test_completions_of_somebody_else_s_making_are_learned_from(tmp_path):
     """Whose law is not known: without importance weights, or with log-probabilities; and a table is one as it is."""
     rows = [

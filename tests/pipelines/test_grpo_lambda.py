@@ -52,6 +52,7 @@ def finished(tmp_path_factory):
     return out, run(replace(SMALL, out=str(out)), say=silent)
 
 
+@pytest.mark.slow
 def test_every_arm_is_trained_and_measured(finished):
     out, result = finished
     assert {"base", "majority", "oracle", "grpo", "grpo_lambda"} == set(result.arms)
@@ -214,6 +215,7 @@ def test_a_warmup_that_is_all_of_the_training_is_said(tmp_path, monkeypatch, war
     assert grpo_lambda._without_penalty(replace(SMALL, arms=("grpo",), training=training)) is None
 
 
+@pytest.mark.slow
 def test_a_training_that_fails_closes_what_it_asks_the_service_with(tmp_path, monkeypatch):
     replica = Fake()
     config = replace(SMALL, out=str(tmp_path), validation_prompts=0, engine="service", urls=(replica.url,))

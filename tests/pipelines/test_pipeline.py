@@ -40,6 +40,7 @@ def finished(tmp_path_factory):
     return out, result, said
 
 
+@pytest.mark.slow
 def test_the_summary_and_the_report_are_written(finished):
     out, result, _ = finished
     summary = json.loads((out / "summary.json").read_text())
@@ -108,6 +109,7 @@ def test_the_same_file_again_runs_nothing(finished, monkeypatch):
     assert (out / "report.html").read_text() == before
 
 
+@pytest.mark.slow
 def test_a_changed_stage_is_run_again_and_taken_back_when_the_change_is_undone(tmp_path):
     stages = DEMO["stages"][:1]
     first = module.run(small(tmp_path, stages=stages), lambda _: None)
@@ -124,6 +126,7 @@ def test_a_changed_stage_is_run_again_and_taken_back_when_the_change_is_undone(t
     assert "qprobe: kept" in said and not aside.exists() and len(list(tmp_path.glob("qprobe-*"))) == 1
 
 
+@pytest.mark.slow
 def test_a_stage_is_run_again_where_a_file_that_it_names_has_changed(tmp_path):
     policy = load_model("tiny", "cpu")
     given, folder = tmp_path / "given.jsonl", tmp_path / "probe"
@@ -206,6 +209,7 @@ def test_a_table_of_another_seed_is_refused(finished):
         module.run(small(out, seed=4), lambda _: None)
 
 
+@pytest.mark.slow
 def test_online_stages_alone_need_no_table_of_completions(tmp_path):
     stage = {**DEMO["stages"][3], "arms": ["grpo"], "training": {**DEMO["stages"][3]["training"], "steps": 1}}
     result = module.run(small(tmp_path, stages=[stage]), lambda _: None)

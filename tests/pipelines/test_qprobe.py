@@ -23,6 +23,7 @@ def finished(tmp_path_factory):
     return out, result
 
 
+@pytest.mark.slow
 def test_the_summary_holds_every_arm_and_what_made_it(finished):
     out, result = finished
     summary = json.loads((out / "summary.json").read_text())
@@ -73,6 +74,7 @@ def test_the_saved_probe_gives_the_same_scores(finished):
     assert probe.card.feature == result.fitted.spec
 
 
+@pytest.mark.slow
 def test_a_second_run_samples_nothing_again(finished):
     out, first = finished
     shards = sorted(out.glob("*/shard-*.parquet"))

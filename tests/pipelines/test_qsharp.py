@@ -41,6 +41,7 @@ def finished(tmp_path_factory):
     return out, run(replace(SMALL, out=str(out)), say=said.append), said
 
 
+@pytest.mark.slow
 def test_every_arm_is_measured(finished):
     out, result, _ = finished
     assert {"base", "majority", "oracle", "qsharp", "qsharp_2", "cd", "qsharp_best", "qsharp_vote"} == set(result.arms)
@@ -69,6 +70,7 @@ def test_the_second_round_is_rolled_in_by_the_first(finished):
         assert after["prompt_id"] == before["prompt_id"] and after["kl"] == 0
 
 
+@pytest.mark.slow
 def test_everything_is_kept(finished):
     """Again, and what is there already is not made anew."""
     out, result, _ = finished
@@ -103,6 +105,7 @@ def test_a_half_saved_value_model_guides_nothing(tmp_path):
         work.guide(1)
 
 
+@pytest.mark.slow
 def test_stages_alone_make_what_the_whole_run_makes(finished, tmp_path):
     out, _, _ = finished
     config = replace(SMALL, out=str(tmp_path / "run"))
@@ -114,6 +117,7 @@ def test_stages_alone_make_what_the_whole_run_makes(finished, tmp_path):
     assert (tmp_path / "run" / weights).read_bytes() == (out / weights).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_mean_of_the_last_rounds_guides(finished, tmp_path):
     """The value models are what they were; what guides the last round, and is measured, is their mean."""
     out, result, _ = finished

@@ -30,6 +30,7 @@ def table(policy, tmp_path_factory):
     return rollout(policy, config, config.rows(), tmp_path_factory.mktemp("table") / "train", False, lambda _: None)
 
 
+@pytest.mark.slow
 def test_a_base_with_other_weights_is_another_training(policy, table, tmp_path):
     """Its name alone says nothing: a folder is trained on, and then holds another model."""
     base = tmp_path / "base"
@@ -44,6 +45,7 @@ def test_a_base_with_other_weights_is_another_training(policy, table, tmp_path):
         train_value(policy, [table], config, tmp_path / "value")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"atoms": (0.0, 0.5, 1.0)}, {"head": "q", "lora_rank": 4}])
 def test_histograms_and_adapters_become_guides(policy, table, tmp_path, changes):
     made = train_value(policy, [table], replace(CONFIG, **changes), tmp_path / "value")
@@ -56,6 +58,7 @@ def test_histograms_and_adapters_become_guides(policy, table, tmp_path, changes)
     assert 0 < done.kl < float("inf")
 
 
+@pytest.mark.slow
 def test_completions_that_all_fail_leave_some_metrics_out(policy, tmp_path):
     """As those of a small model on hard problems do, when prompts of one outcome are kept."""
     (tmp_path / "hard.jsonl").write_text("".join(f'{{"problem": "1{i}+2{i}=?", "answer": "0"}}\n' for i in range(6)))

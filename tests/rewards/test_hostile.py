@@ -73,6 +73,7 @@ def test_a_megabyte_is_graded_within_a_second(name: str) -> None:
         assert found.verdict in ("different", "no_answer")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DEEP)
 def test_a_bomb_is_defused_within_a_second(name: str) -> None:
     bomb = DEEP[name]

@@ -2,6 +2,7 @@
 
 import time
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -61,6 +62,7 @@ def test_reflexive(answer: str) -> None:
     assert decide(answer, answer + " ").verdict == "equal"
 
 
+@pytest.mark.slow
 @quick
 @given(answers, answers)
 def test_symmetric(a: str, b: str) -> None:
@@ -102,6 +104,7 @@ OTHER_SPELLINGS = [
 ]
 
 
+@pytest.mark.slow
 @quick
 @given(st.lists(expressions, min_size=2, max_size=3), st.randoms())
 def test_entries_that_repeat_in_other_spellings_are_paired(items: list[str], random) -> None:  # type: ignore[no-untyped-def]
@@ -130,6 +133,7 @@ def test_different_integers_differ(a: int, b: int) -> None:
     assert (decide(str(a), f"{b}.0").verdict == "equal") == (a == b)
 
 
+@pytest.mark.slow
 @quick
 @given(answers, answers)
 def test_one_canonical_form_means_equal(a: str, b: str) -> None:

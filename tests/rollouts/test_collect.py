@@ -373,6 +373,7 @@ def kill_and_resume(tmp_path, run_here, kills):
     assert len(shards_of(whole)) == 15 and shards_of(cut) == shards_of(whole)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, run_here):
     kill_and_resume(tmp_path, run_here, kills=1)
 

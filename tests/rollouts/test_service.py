@@ -66,6 +66,7 @@ def meanwhile(work):
     return thread
 
 
+@pytest.mark.slow
 def test_every_request_is_completed_once_and_load_is_shared(fake):
     pair = [fake(0.01), fake(0.01)]
     asked = requests(60)
@@ -130,6 +131,7 @@ def test_a_replica_killed_in_the_middle_and_restarted_changes_no_row(fake, tmp_p
     assert len(disturbed) == 500
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["error", "abort", "other"])
 def test_a_replica_that_goes_wrong_is_left_out_until_it_is_well(fake, mode):
     well, ill = fake(0.02), fake(0.02)
@@ -148,6 +150,7 @@ def test_a_replica_that_goes_wrong_is_left_out_until_it_is_well(fake, mode):
         assert ill.state["served"] > before + 8
 
 
+@pytest.mark.slow
 def test_a_silent_replica_is_left_out(fake):
     well, ill = fake(0.01), fake(0.01)
     asked = requests(100)
@@ -158,6 +161,7 @@ def test_a_silent_replica_is_left_out(fake):
         check_all(found + list(completions), asked)
 
 
+@pytest.mark.slow
 def test_a_busy_replica_is_asked_again(fake):
     one = fake()
     asked = requests(100)
@@ -166,6 +170,7 @@ def test_a_busy_replica_is_asked_again(fake):
         check_all(list(engine.generate(asked)), asked)
 
 
+@pytest.mark.slow
 def test_a_cut_network_is_waited_for(fake):
     pair = [fake(0.02), fake(0.02)]
     asked = requests(200)
@@ -204,6 +209,7 @@ def test_a_network_that_swallows_everything_for_twenty_seconds_is_waited_for(fak
         thread.join()
 
 
+@pytest.mark.slow
 def test_no_replica_for_too_long_is_one_error(fake):
     one = fake(0.02)
     with ServiceEngine([one.url], slots=4, patience=0.5) as engine:
@@ -214,6 +220,7 @@ def test_no_replica_for_too_long_is_one_error(fake):
             list(completions)
 
 
+@pytest.mark.slow
 def test_a_replica_that_comes_back_with_another_model_is_not_taken_back(fake):
     well, changed = fake(0.01), fake(0.01)
     asked = requests(100)
@@ -233,6 +240,7 @@ def test_different_models_are_refused_at_once(fake):
         ServiceEngine([one.url], fingerprint="e" * 64)
 
 
+@pytest.mark.slow
 def test_a_service_that_is_not_there_yet_is_waited_for_and_not_forever(fake):
     one = fake()
     one.kill()
@@ -253,6 +261,7 @@ def test_a_refused_request_ends_the_run(fake):
             list(engine.generate(requests(3)))
 
 
+@pytest.mark.slow
 def test_new_weights_reach_every_replica_and_one_that_does_not_take_them_is_left_out(fake, tmp_path):
     pair = [fake(0.01), fake(0.01)]
     for name in "abc":
@@ -288,6 +297,7 @@ def guided_by(name):
     return SimpleNamespace(folder=Path(f"/guides/{name}"), guidance=Guidance(), settings=settings)
 
 
+@pytest.mark.slow
 def test_replicas_start_anew_with_a_guide_and_give_account_of_it(fake):
     pair = [fake(), fake()]
     asked = [replace(one, beta=0.1 if one.id % 2 else None) for one in requests(20)]

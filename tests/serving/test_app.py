@@ -219,6 +219,7 @@ def test_the_openapi_document_knows_our_fields(http):
     assert set(document["paths"][CHAT]["post"]["responses"]) == {"200", "4XX"}
 
 
+@pytest.mark.slow
 def test_requests_join_while_others_run(server, http, slowly):
     long = threading.Thread(target=lambda: http.post(PLAIN, json={**LONG, "n": 2}))
     long.start()
@@ -228,6 +229,7 @@ def test_requests_join_while_others_run(server, http, slowly):
     long.join()
 
 
+@pytest.mark.slow
 def test_too_many_requests_are_told_to_come_back(server, http, slowly):
     threads = [
         threading.Thread(target=lambda: http.post(PLAIN, json={**LONG, "n": 1, "max_tokens": 30}))
@@ -243,6 +245,7 @@ def test_too_many_requests_are_told_to_come_back(server, http, slowly):
     assert http.post(CHAT, json=ASKED).status_code == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_its_slots(server, http, slowly, stream):
     body = json.dumps({**LONG, "n": 16, "max_tokens": 400, "stream": stream}).encode()
@@ -272,6 +275,7 @@ def test_an_engine_that_breaks_answers_500_and_goes_on(http, monkeypatch):
     assert http.post(CHAT, json=ASKED).status_code == 200
 
 
+@pytest.mark.slow
 def test_a_server_that_ends_finishes_what_has_begun(catalogue, slowly):
     with serving(catalogue, key=None) as running, httpx.Client(base_url=running.url, timeout=30) as http:
         said = []

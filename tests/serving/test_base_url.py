@@ -56,6 +56,7 @@ def test_a_text_prompt_is_not_asked_of_a_chat_endpoint(tmp_path, capsys):
     assert "base-url: plain has a plain text prompt" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_belongs_to_an_endpoint_or_a_service_needs_one(tmp_path, capsys):
     for options, message in (
         (["--api-key-env", "HOME"], "--api-key-env: it is the endpoint's; name one with --base-url URL"),

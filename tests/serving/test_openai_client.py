@@ -53,6 +53,7 @@ def test_a_streamed_completion_comes_in_pieces(client):
     assert "".join(pieces) == whole and len(pieces) > 5
 
 
+@pytest.mark.slow
 def test_the_same_seed_says_the_same_and_every_sample_something_else(client):
     first, again = (client.chat.completions.create(**ASKED, seed=3, n=6, temperature=1.5) for _ in range(2))
     texts = [choice.message.content for choice in first.choices]

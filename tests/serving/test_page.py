@@ -63,6 +63,7 @@ def answer(client, **more):
     return told.json()
 
 
+@pytest.mark.slow
 @in_browser
 def test_with_a_key_it_shows_base_guided_and_best_of_k_side_by_side(http, server, opened):
     page = opened(server.url)
@@ -116,6 +117,7 @@ def test_with_a_key_it_shows_base_guided_and_best_of_k_side_by_side(http, server
     page.wait("!ask.hidden")
 
 
+@pytest.mark.slow
 @in_browser
 def test_a_lazily_guided_answer_is_shown_as_text_alone(lazy_catalogue, opened):
     with serving(lazy_catalogue, key=None) as running, httpx.Client(base_url=running.url, timeout=300) as client:

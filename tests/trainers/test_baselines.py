@@ -121,6 +121,7 @@ def nll(model, row):
 
 
 # Of KTO: 1 - sigmoid(0) of every row, the three right ones weighing two thirds each.
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "known"), [("dpo", math.log(2)), ("kto", 0.5 * (3 * 2 / 3 + 2) / 5)])
 def test_a_policy_that_is_its_own_reference_has_the_known_loss(trainer, method, known):
     made = trainer(method, epochs=1)  # a single step
@@ -128,6 +129,7 @@ def test_a_policy_that_is_its_own_reference_has_the_known_loss(trainer, method, 
     assert made.state.log_history[-1]["train_loss"] == pytest.approx(known, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_rejection_sampling_starts_at_the_mean_over_right_tokens_and_falls(trainer):
     made = trainer("rejection", epochs=4)
     before = torch.cat([nll(made.model, row) for row in EXAMPLES if row["reward"]]).mean()

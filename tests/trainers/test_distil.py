@@ -64,6 +64,7 @@ def test_n_is_of_the_completions_that_there_are(table, n):
         bon_distill(table, [], n=2)
 
 
+@pytest.mark.slow
 def test_the_rows_are_those_of_supervised_fine_tuning(table, tmp_path):
     policy = load_model("tiny", "cpu", "float32")
     rows = bon_distill(table, [by_first_token], n=3)

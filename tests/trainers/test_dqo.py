@@ -103,6 +103,7 @@ def test_the_first_step_is_the_objective_s(tmp_path, normalisation, lam):
             torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing(tmp_path):
     """Whole trainings, as transformers' Trainer switches it on."""
     ends = []
@@ -116,6 +117,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
         torch.testing.assert_close(ends[1][name], weight, msg=lambda text, n=name: f"{n}: {text}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "lam"), [("llama", 1.0), ("qwen2", 0.9), ("gemma3", 0.9)])
 def test_packed_rows_learn_what_padded_ones_do(tmp_path, family, lam):
     """Whole trainings, with accumulation; gemma3 has layers that see a window only."""
@@ -137,6 +139,7 @@ def test_packed_rows_learn_what_padded_ones_do(tmp_path, family, lam):
     assert tokens[True] == sum(len(example["input_ids"]) for example in examples(16)) < tokens[False]
 
 
+@pytest.mark.slow
 def test_what_does_not_know_packed_rows_is_refused_before_the_first_step(tmp_path):
     """A model that ignores positions, as recurrent ones do, sees the rows before its own."""
     model = actor_critic()
@@ -169,6 +172,7 @@ def test_only_the_value_model_s_last_layers_learn(tmp_path, layers):
         DQOTrainer(actor_critic(), arguments(tmp_path / "run", value_layers=4), data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalisation", ["token", "seq"])
 def test_accumulation_is_one_batch(tmp_path, normalisation):
     ends = []
@@ -189,6 +193,7 @@ def test_accumulation_is_one_batch(tmp_path, normalisation):
         torch.testing.assert_close(one, many, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_only_the_value_model_learns_while_it_warms_up(tmp_path):
     model = actor_critic()
     before = copy.deepcopy(model)
@@ -200,6 +205,7 @@ def test_only_the_value_model_learns_while_it_warms_up(tmp_path):
     assert not torch.equal(model.critic.head.weight, before.critic.head.weight)
 
 
+@pytest.mark.slow
 def test_a_reference_of_another_model_is_refused_before_the_first_step(tmp_path):
     model = actor_critic()
     data = labelled(model, examples(), "reference", tmp_path)
@@ -225,6 +231,7 @@ def test_reference_log_probabilities_are_kept(tmp_path, monkeypatch):
         labelled(model, examples(), "another", tmp_path)
 
 
+@pytest.mark.slow
 def test_a_resumed_training_ends_in_the_same_weights(tmp_path):
     ends = []
     for interrupted in (False, True):
@@ -250,6 +257,7 @@ def test_a_resumed_training_ends_in_the_same_weights(tmp_path):
     assert all(torch.equal(whole, resumed) for whole, resumed in zip(*ends, strict=True))
 
 
+@pytest.mark.slow
 def test_the_saved_policy_is_an_ordinary_folder(tmp_path):
     import transformers
 
@@ -265,6 +273,7 @@ def test_the_saved_policy_is_an_ordinary_folder(tmp_path):
     assert not list((tmp_path / "policy").rglob("*.bin"))
 
 
+@pytest.mark.slow
 def test_what_is_logged(tmp_path):
     model = actor_critic()
     data = labelled(model, examples(), "reference", tmp_path)
@@ -305,6 +314,7 @@ def _StopAt(step):
     return Stop()
 
 
+@pytest.mark.slow
 def test_the_progress_bar_shows_three_numbers(tmp_path, capsys):
     model = actor_critic()
     data = labelled(model, examples(), "reference", tmp_path)

@@ -67,6 +67,7 @@ def test_policy_and_value_model_stand_on_one_base(tmp_path):
     assert parameters == trained + sum(weight.numel() for weight in build_model("llama").parameters())
 
 
+@pytest.mark.slow
 def test_adapters_and_head_are_all_that_is_trained(tmp_path):
     trainer = trainer_of(tmp_path)
     before = weights_of(trainer)
@@ -77,6 +78,7 @@ def test_adapters_and_head_are_all_that_is_trained(tmp_path):
     assert {name.partition(".")[0] for name in moved} == {"policy", "critic"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapted", BOTH)
 def test_saving_merges_and_leaves_the_models_as_they_are(tmp_path, adapted):
     trainer = trainer_of(tmp_path, adapted, max_steps=2, learning_rate=1e-2, value_learning_rate=1e-2)
@@ -92,6 +94,7 @@ def test_saving_merges_and_leaves_the_models_as_they_are(tmp_path, adapted):
     torch.testing.assert_close(critic(ids), model.critic(ids), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_resumed_training_ends_in_the_same_weights(tmp_path):
     settings = {"per_device_train_batch_size": 4, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 3}
     whole = trainer_of(tmp_path / "whole", count=16, **settings)
@@ -118,6 +121,7 @@ def test_one_configuration_serves_both_models(tmp_path):
     assert config.target_modules == "all-linear"
 
 
+@pytest.mark.slow
 def test_adapters_below_the_layers_that_learn_stay_as_they_are(tmp_path):
     trainer = trainer_of(tmp_path, value_layers=1)
     before = weights_of(trainer)

@@ -49,6 +49,7 @@ def test_greedy_completions_are_those_of_generate(policy):
     assert found["completion_ids"] == [expected.tolist()]
 
 
+@pytest.mark.slow
 def test_the_same_generator_state_gives_the_same_completions(policy):
     def sampled(seed):
         torch.manual_seed(seed)

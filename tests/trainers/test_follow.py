@@ -36,6 +36,7 @@ def training(folder, order="random"):
     return Trainer(Line(), arguments, train_dataset=data)
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_logs_every_step_once(tmp_path, capsys):
     tensorboard = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -67,6 +68,7 @@ def test_an_interrupted_training_logs_every_step_once(tmp_path, capsys):
     assert not any("loss" in said for said in capsys.readouterr())  # quiet: no terminal
 
 
+@pytest.mark.slow
 def test_without_a_run_it_trains_and_says_nothing(tmp_path, capsys):
     trainer = training(tmp_path)
     with follow(trainer, tmp_path / "policy"):
@@ -82,6 +84,7 @@ class Terminate(TrainerCallback):
             signal.raise_signal(signal.SIGTERM)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["random", "group_by_length"])
 def test_sigterm_leaves_a_checkpoint_of_the_step_under_way_from_which_the_training_goes_on(order, tmp_path):
     """In the middle of the third epoch, whose order is drawn from torch's generator where it is by length."""
@@ -106,6 +109,7 @@ def test_sigterm_leaves_a_checkpoint_of_the_step_under_way_from_which_the_traini
     assert trainer.model.slope.equal(whole.model.slope)
 
 
+@pytest.mark.slow
 def test_a_training_that_fails_leaves_sigterm_as_it_was(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     trainer = training(tmp_path)

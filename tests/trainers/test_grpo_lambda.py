@@ -105,6 +105,7 @@ def shaped(tmp_path_factory):
     return trained(tmp_path_factory.mktemp("shaped"), gate_fraction=0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"scale_rewards": "group", "beta": 0.01, "per_device_train_batch_size": 8}])
 def test_without_a_gate_it_is_trl_bit_for_bit(tmp_path, changes):
     ours = trained(tmp_path / "ours", rewards=[verdicts, brevity], gate_fraction=0.0, **changes)
@@ -118,6 +119,7 @@ def test_without_a_gate_it_is_trl_bit_for_bit(tmp_path, changes):
     assert any(not torch.equal(value, initial[name]) for name, value in expected.items())
 
 
+@pytest.mark.slow
 def test_the_shaped_column_is_the_objective(shaped):
     for batch in range(2):
         rewards, correct, lengths, finished = grouped(shaped, batch)
@@ -125,6 +127,7 @@ def test_the_shaped_column_is_the_objective(shaped):
     assert any((grouped(shaped, batch)[0] % 1 > 0).any() for batch in range(2))
 
 
+@pytest.mark.slow
 def test_a_full_gate_is_the_plain_length_penalty(tmp_path):
     made = trained(tmp_path, **PLAIN, alpha=0.4, max_steps=1)
     rewards, correct, lengths, _ = grouped(made)
@@ -195,6 +198,7 @@ def test_what_it_logs(shaped):
         assert finished.float().mean() == pytest.approx(1 - entry["completions/clipped_ratio"])
 
 
+@pytest.mark.slow
 def test_truncated_completions_are_incorrect(tmp_path):
     made = trained(
         tmp_path, rewards=lambda completions, **_: [1.0] * len(completions), max_completion_length=30, max_steps=1
@@ -204,6 +208,7 @@ def test_truncated_completions_are_incorrect(tmp_path):
     assert made.state.log_history[0]["accuracy"] == pytest.approx(float(finished.float().mean()))
 
 
+@pytest.mark.slow
 def test_correctness_by_name_and_other_rewards_pass_through(tmp_path):
     made = trained(tmp_path, rewards=[brevity, verdicts], correctness_reward="verdicts", gate_fraction=1.0, max_steps=1)
     rewards, completions, answers, ids = made.seen[0]
@@ -212,6 +217,7 @@ def test_correctness_by_name_and_other_rewards_pass_through(tmp_path):
     assert ((rewards[:, 1] > 0) == (correct > 0)).all() and not torch.equal(rewards[:, 1], correct)
 
 
+@pytest.mark.slow
 def test_evaluation_is_not_shaped(tmp_path):
     made = trainer(tmp_path, **PLAIN, per_device_eval_batch_size=16)
     metrics = made.evaluate(data(8))
@@ -321,6 +327,7 @@ def test_group_scaling_warns(tmp_path):
         arguments(GRPOLambdaConfig, tmp_path, scale_rewards="group")
 
 
+@pytest.mark.slow
 def test_a_verifier_that_raises_marks_that_completion_and_the_run_goes_on(tmp_path, caplog):
     worst = arithmetic.rows(16, "train", 0)
 
@@ -343,6 +350,7 @@ def test_a_verifier_that_raises_marks_that_completion_and_the_run_goes_on(tmp_pa
     assert all(torch.isfinite(value).all() for value in weights(made).values())
 
 
+@pytest.mark.slow
 def test_the_completions_table_says_what_was_wrong(tmp_path):
     async def fragile(completions, log_extra, **_):
         log_extra("own", list(range(len(completions))))
@@ -359,6 +367,7 @@ def test_the_completions_table_says_what_was_wrong(tmp_path):
     assert {row["verifier_error"] is None for row in rows} == {True, False}
 
 
+@pytest.mark.slow
 def test_a_verifier_that_always_raises_is_refused_at_once(tmp_path):
     def broken(**_):
         raise KeyError("gold")
@@ -367,6 +376,7 @@ def test_a_verifier_that_always_raises_is_refused_at_once(tmp_path):
         trained(tmp_path, rewards=broken)
 
 
+@pytest.mark.slow
 def test_a_wrong_number_of_rewards(tmp_path):
     with pytest.raises(UserError, match="reward_funcs: short returned 1 rewards for 16 completions"):
 
@@ -376,6 +386,7 @@ def test_a_wrong_number_of_rewards(tmp_path):
         trained(tmp_path, rewards=short)
 
 
+@pytest.mark.slow
 def test_truncation_without_end_warns_once(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         trained(tmp_path, max_completion_length=2, max_steps=12)

@@ -78,6 +78,7 @@ def test_training_leaves_the_global_random_state_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 def test_the_informative_feature_is_chosen():
     candidates = [problem(0, signal=signal)[0] for signal in (0.0, 1.0, 0.1)]
     specs = [FeatureSpec(1, "last"), FeatureSpec(1, "mean"), FeatureSpec(2, "mean")]

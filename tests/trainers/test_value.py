@@ -87,6 +87,7 @@ def assert_close(found, expected, atol):
 # -- the loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["row", "token"])
 @pytest.mark.parametrize("atoms", [None, ATOMS])
 @pytest.mark.parametrize("head", HEADS)
@@ -104,6 +105,7 @@ def test_the_first_loss_is_the_objective(policy, tmp_path, head, atoms, reductio
     assert losses_of(trainer)[0] == pytest.approx(expected.item(), abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["row", "token"])
 @pytest.mark.parametrize("optimiser", ["sgd", "adamw_torch"])
 def test_micro_batches_add_up_to_the_batch(policy, tmp_path, optimiser, reduction):
@@ -118,6 +120,7 @@ def test_micro_batches_add_up_to_the_batch(policy, tmp_path, optimiser, reductio
     assert max(float((weight - start[name]).abs().max()) for name, weight in weights_of(whole).items()) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("head", "atoms"), [("v", None), ("q", ATOMS), ("shared", None)])
 def test_packing_equals_padding(policy, tmp_path, head, atoms):
     common = {"head": head, "atoms": atoms, "adam_epsilon": 1e-3, "held_out": examples(9, seed=1)}
@@ -129,6 +132,7 @@ def test_packing_equals_padding(policy, tmp_path, head, atoms):
         assert found[name] == pytest.approx(expected[name], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing(policy, tmp_path):
     plain, checkpointed = (trainer_of(policy, tmp_path, gradient_checkpointing=on) for on in (False, True))
     plain.train(), checkpointed.train()
@@ -137,6 +141,7 @@ def test_gradient_checkpointing_changes_nothing(policy, tmp_path):
     assert_close(weights_of(checkpointed), weights_of(plain), 1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", HEADS)
 def test_bf16_keeps_float32_weights(policy, tmp_path, head):
     """Steps far below bfloat16's resolution still move them."""
@@ -154,6 +159,7 @@ def test_bf16_keeps_float32_weights(policy, tmp_path, head):
 # -- what is trained
 
 
+@pytest.mark.slow
 def test_a_shared_head_leaves_the_policy_as_it_is(policy, tmp_path):
     before = {name: weight.clone() for name, weight in policy.model.state_dict().items()}
     trainer = trainer_of(policy, tmp_path, "shared")
@@ -173,6 +179,7 @@ def lora():
     return LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["v", "q"])
 def test_adapters_and_head_are_all_that_lora_trains(policy, tmp_path, head):
     trainer = trainer_of(policy, tmp_path, head, peft_config=lora())
@@ -184,6 +191,7 @@ def test_adapters_and_head_are_all_that_lora_trains(policy, tmp_path, head):
     assert any("lora_B" in name for name in moved)
 
 
+@pytest.mark.slow
 def test_saving_merges_adapters(policy, tmp_path):
     trainer = trainer_of(policy, tmp_path, peft_config=lora(), learning_rate=1e-2, max_steps=4)
     untrained = new_value_model(policy, zero_init=False)
@@ -211,6 +219,7 @@ def test_the_seed_decides_the_adapters(policy, tmp_path):
 # -- saving and going on
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", HEADS)
 def test_what_is_saved_is_what_was_trained(policy, tmp_path, head):
     trainer = trainer_of(policy, tmp_path / "run", head, held_out=examples(6, seed=1))
@@ -229,6 +238,7 @@ def test_what_is_saved_is_what_was_trained(policy, tmp_path, head):
     assert record["log"][0]["loss"] == losses_of(trainer)[0] and record["by_position"][0]["tokens"] > 0
 
 
+@pytest.mark.slow
 def test_what_is_not_defined_does_not_lose_the_model(policy, tmp_path):
     """No AUC where all held-out returns are equal."""
     trainer = trainer_of(policy, tmp_path / "run", held_out=examples(6)[1::2])
@@ -239,6 +249,7 @@ def test_what_is_not_defined_does_not_lose_the_model(policy, tmp_path):
     assert "eval_loss" in log and "eval_auc" not in log
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapted", [False, True])
 def test_a_resumed_run_ends_with_the_same_weights(policy, tmp_path, adapted):
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "per_device_train_batch_size": 4}

@@ -51,6 +51,7 @@ def test_without_an_error_it_is_the_function(function):
     assert log.extras == {"text": ["a", "bb"], "length": [1, 2]} and log.metrics == [("seen", 2)]
 
 
+@pytest.mark.slow
 @BOTH
 def test_what_raises_is_marked_and_the_columns_stay_aligned(function):
     verifier, rewards, log = call(function, ["a", "bad", "bb"])

@@ -2,6 +2,7 @@
 
 from fractions import Fraction
 
+import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -28,6 +29,7 @@ def applied(inner: st.SearchStrategy[Node]) -> st.SearchStrategy[Node]:
 trees = st.recursive(leaves, applied, max_leaves=7)
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(trees, st.booleans())
 def test_the_error_is_within_its_bound(tree: Node, real: bool) -> None:
