@@ -52,6 +52,7 @@ def test_one_table_has_them_all_and_each_is_an_ordinary_policy(finished):
     assert all(not weights[a].equal(weights[b]) for i, a in enumerate(names) for b in names[:i])
 
 
+@pytest.mark.slow
 def test_each_has_a_card_with_the_figures_of_all(finished):
     out, result = finished
     dqo.publish(result, "a title", "a lead")
@@ -64,6 +65,7 @@ def test_each_has_a_card_with_the_figures_of_all(finished):
     assert "CriticReranker" in (out / "policy" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_study_pools_the_problems_of_all_seeds(finished, tmp_path):
     out, result = finished
     dqo.publish(result, "a title", "a lead")
@@ -86,6 +88,7 @@ def test_the_study_pools_the_problems_of_all_seeds(finished, tmp_path):
     assert found["all"]["dqo"]["ratio"][0] == pytest.approx(result.arms["dqo"].tokens / result.arms["base"].tokens)
 
 
+@pytest.mark.slow
 def test_everything_is_kept(finished, monkeypatch):
     out, result = finished
     monkeypatch.setattr(baselines, "TRAINERS", {})
@@ -93,6 +96,7 @@ def test_everything_is_kept(finished, monkeypatch):
     assert [again.arms[method].accuracy for method in METHODS] == [result.arms[method].accuracy for method in METHODS]
 
 
+@pytest.mark.slow
 def test_a_policy_of_other_settings_is_not_overwritten(finished):
     out, _ = finished
     with pytest.raises(UserError, match="policy: .*dpo/policy was trained on other completions or with other settings"):

@@ -48,6 +48,7 @@ def test_the_policy_is_trained_and_measured(finished):
     assert summary["arms"]["dqo"]["accuracy"] == result.arms["dqo"].accuracy
 
 
+@pytest.mark.slow
 def test_the_value_model_ranks_completions_of_the_trained_policy_and_guides_no_tokens(finished):
     out, result = finished
     after = load_model(str(out / "policy"), "cpu", "float32")
@@ -79,6 +80,7 @@ def test_a_rank_is_positive(name):
         DQOTraining(**{name: 0})
 
 
+@pytest.mark.slow
 def test_everything_is_kept(finished):
     out, result = finished
     stamp = (out / "policy" / "model.safetensors").stat().st_mtime_ns
@@ -87,6 +89,7 @@ def test_everything_is_kept(finished):
     assert stamp == (out / "policy" / "model.safetensors").stat().st_mtime_ns
 
 
+@pytest.mark.slow
 def test_a_policy_of_other_settings_is_not_overwritten(finished):
     out, _ = finished
     other = replace(SMALL, out=str(out), training=replace(SMALL.training, beta=0.5))
@@ -132,6 +135,7 @@ def test_the_recipe_is_one(tmp_path):
     assert config == replace(DQORunConfig(out="runs/dqo/arithmetic"), training=DQOTraining())
 
 
+@pytest.mark.slow
 def test_a_policy_is_trained_by_one_process_at_a_time(finished):
     out, _ = finished
     with reserved(out / "policy"), pytest.raises(UserError, match="out: another run is writing to .*policy"):
@@ -193,6 +197,7 @@ def test_steps_are_counted_as_the_trainer_counts_them(
     assert trainer.set_initial_training_values(arguments, part)[-1] == steps
 
 
+@pytest.mark.slow
 def test_a_run_in_which_only_the_value_model_would_learn_is_refused(finished, tmp_path):
     """Before anything is sampled; of a table, whose completions are counted then, before the first step."""
     message = r"^training\.critic_warmup_steps: must be less than the run's 6 steps \(24 completions, 8 a step, epochs 2\), got 6"

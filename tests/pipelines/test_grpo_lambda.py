@@ -68,6 +68,7 @@ def test_every_arm_is_trained_and_measured(finished):
     assert "| **GRPO-lambda** |" in (out / "grpo_lambda" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_guard_has_something_to_look_at(finished):
     _, result = finished
     looks = [entry for entry in result.training["grpo_lambda"]["log"] if "eval_accuracy" in entry]
@@ -75,6 +76,7 @@ def test_the_guard_has_something_to_look_at(finished):
     assert all(entry["eval_completions/mean_length"] > 0 for entry in looks)
 
 
+@pytest.mark.slow
 def test_only_the_gated_arm_is_penalised(finished):
     _, result = finished
     for name, alpha in (("grpo", 0.2), ("grpo_lambda", 0.2)):
@@ -83,6 +85,7 @@ def test_only_the_gated_arm_is_penalised(finished):
         assert all(entry["gate/fraction"] == 0 for entry in steps) == (name == "grpo")
 
 
+@pytest.mark.slow
 def test_everything_is_kept(finished):
     out, result = finished
     stamp = (out / "grpo" / "model.safetensors").stat().st_mtime_ns
@@ -92,6 +95,7 @@ def test_everything_is_kept(finished):
     assert not list(out.glob("*checkpoints*"))
 
 
+@pytest.mark.slow
 def test_a_policy_of_other_settings_is_not_overwritten(finished):
     out, _ = finished
     other = replace(SMALL, out=str(out), training=replace(SMALL.training, alpha=0.5))

@@ -61,6 +61,7 @@ def test_the_summary_and_the_report_are_written(finished):
     assert "chosen" in page  # by the probe
 
 
+@pytest.mark.slow
 def test_the_snippet_of_the_readme_runs_as_it_stands(finished, tmp_path, monkeypatch, capsys):
     out, result, _ = finished
     (tmp_path / "runs").mkdir()
@@ -74,6 +75,7 @@ def test_the_snippet_of_the_readme_runs_as_it_stands(finished, tmp_path, monkeyp
     assert capsys.readouterr().out.startswith(result.tables["test"].by_prompt("completion")[0][best])
 
 
+@pytest.mark.slow
 def test_the_methods_share_the_tables_and_the_settings(finished):
     out, result, _ = finished
     assert {path.parent.relative_to(out).as_posix() for path in out.rglob("manifest.json")} == {
@@ -95,6 +97,7 @@ def test_the_methods_share_the_tables_and_the_settings(finished):
     assert "kl" not in result.arms["dqo"].measures  # the table does not know it, and it is not 0
 
 
+@pytest.mark.slow
 def test_the_same_file_again_runs_nothing(finished, monkeypatch):
     out, result, _ = finished
     monkeypatch.setattr(module, "METHODS", {name: (None, config) for name, (_, config) in module.METHODS.items()})
@@ -203,6 +206,7 @@ def test_the_files_that_a_configuration_names(tmp_path):
         named_files(replace(config, value=ValueTraining(base=str(tmp_path / "nowhere"))))
 
 
+@pytest.mark.slow
 def test_a_table_of_another_seed_is_refused(finished):
     out, *_ = finished
     with pytest.raises(UserError, match=f"seed: {out / 'train'} was collected with seed 3, not 4"):

@@ -36,6 +36,7 @@ def test_the_summary_holds_every_arm_and_what_made_it(finished):
     assert made["config"]["seed"] == 0 and "torch" in made["versions"]
 
 
+@pytest.mark.slow
 def test_arms_are_computed_from_the_table(finished):
     _, result = finished
     correct = result.test.rectangle("correct")
@@ -48,6 +49,7 @@ def test_arms_are_computed_from_the_table(finished):
     assert all(arm.curve[0] == pytest.approx(result.arms["base"].accuracy) for arm in result.arms.values())
 
 
+@pytest.mark.slow
 def test_the_report_stands_alone_and_escapes_what_it_is_given(finished):
     out, result = finished
     page = (out / "report.html").read_text()
@@ -57,6 +59,7 @@ def test_the_report_stands_alone_and_escapes_what_it_is_given(finished):
     assert result.test.column("completion")[0].splitlines()[0] in page.replace("&#39;", "'")
 
 
+@pytest.mark.slow
 def test_the_calibration_map_is_fitted_on_prompts_that_the_probe_was_not_trained_on(finished, monkeypatch):
     _, result = finished
     fitted_on = []
@@ -68,6 +71,7 @@ def test_the_calibration_map_is_fitted_on_prompts_that_the_probe_was_not_trained
     assert correct.tolist() == [flag for prompt in held_out for flag in result.train.rectangle("correct")[prompt]]
 
 
+@pytest.mark.slow
 def test_the_saved_probe_gives_the_same_scores(finished):
     out, result = finished
     probe = Probe.from_pretrained(out / "probe", result.policy.fingerprint)

@@ -59,6 +59,7 @@ def test_every_arm_is_measured(finished):
     assert page.count("<svg") == 2 and "KL, nats" in page
 
 
+@pytest.mark.slow
 def test_the_second_round_is_rolled_in_by_the_first(finished):
     out, _, _ = finished
     rollin, rollouts = read_table(out / "round-2" / "rollin"), read_table(out / "round-2" / "rollouts")
@@ -130,6 +131,7 @@ def test_the_mean_of_the_last_rounds_guides(finished, tmp_path):
     assert averaged.arms["qsharp"].accuracy == result.arms["qsharp"].accuracy
 
 
+@pytest.mark.slow
 def test_a_value_model_of_other_settings_is_not_overwritten(finished, tmp_path):
     out, _, _ = finished
     shutil.copytree(out, tmp_path / "run")

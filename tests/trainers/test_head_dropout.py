@@ -41,6 +41,7 @@ def test_masks_fall_on_what_the_layer_reads_in_training_only():
     assert layer.eval()(inputs).item() == 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", HEADS)
 def test_rates_follow_the_trainers_steps(policy, tmp_path, head):
     """And in evaluation there is none: with the same weights it says what it says without."""
@@ -66,6 +67,7 @@ def test_rates_follow_the_trainers_steps(policy, tmp_path, head):
         assert torch.equal(found, plain.model.eval()(**inputs, trunk=trunk))
 
 
+@pytest.mark.slow
 def test_a_resumed_training_has_the_same_schedule(policy, tmp_path):
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "save_total_limit": 5, **EARLY}
     whole, resumed = (trainer_of(policy, tmp_path, **settings) for _ in range(2))
