@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -72,18 +73,22 @@ def trained(out: Path, rows: int, accumulation: int, bf16: bool = False, checkpo
     return trainer
 
 
+def write_report(out: Path, trainer: Any) -> None:
+    wrapped = trainer.model_wrapped
+    report = {
+        "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "ranks": trainer.args.world_size,
+        "engine": type(wrapped).__name__,
+        "zero_stage": wrapped.zero_optimization_stage() if hasattr(wrapped, "zero_optimization_stage") else 0,
+    }
+    (out / "report.json").write_text(json.dumps(report))
+
+
 def main(out: Path, bf16: bool, checkpoint: Path | None) -> None:
     trainer = trained(out, 2, 4 // int(os.environ["WORLD_SIZE"]), bf16, checkpoint)
     trainer.save(out / "policy")
     if trainer.is_world_process_zero():
-        wrapped = trainer.model_wrapped
-        report = {
-            "log": [entry for entry in trainer.state.log_history if "loss" in entry],
-            "ranks": trainer.args.world_size,
-            "engine": type(wrapped).__name__,
-            "zero_stage": wrapped.zero_optimization_stage() if hasattr(wrapped, "zero_optimization_stage") else 0,
-        }
-        (out / "report.json").write_text(json.dumps(report))
+        write_report(out, trainer)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ accelerate launch --use_deepspeed --zero_stage 3 --num_processes 2 tests/trainer
 """
 
 import argparse
-import json
 import os
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from posttrain.models.load import load_model
 from posttrain.models.value import new_value_model
 from posttrain.pipelines.ranks import part
 from posttrain.trainers.value import ValueConfig, ValueTrainer
+from tests.trainers.ranks_dqo import write_report
 
 
 def trained(out: Path, rows: int, accumulation: int, checkpoint: Path | None = None) -> ValueTrainer:
@@ -44,14 +44,7 @@ def main(out: Path, checkpoint: Path | None) -> None:
     trainer = trained(out, 2, 4 // int(os.environ["WORLD_SIZE"]), checkpoint)
     trainer.save(out / "guide")
     if trainer.is_world_process_zero():
-        wrapped = trainer.model_wrapped
-        report = {
-            "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-            "ranks": trainer.args.world_size,
-            "engine": type(wrapped).__name__,
-            "zero_stage": wrapped.zero_optimization_stage() if hasattr(wrapped, "zero_optimization_stage") else 0,
-        }
-        (out / "report.json").write_text(json.dumps(report))
+        write_report(out, trainer)
 
 
 if __name__ == "__main__":

@@ -42,14 +42,7 @@ ENGINES = [
 @pytest.fixture(scope="module")
 def two_ranks(request, tmp_path_factory):
     """The folder of a training on two ranks, and its ZeRO stage, 0 for DDP."""
-    engine, stage = request.param
-    if stage:
-        pytest.importorskip("deepspeed")
-    out = tmp_path_factory.mktemp(f"two-{stage}")
-    launched(out, stage)
-    report = json.loads((out / "report.json").read_text())
-    assert (report["ranks"], report["engine"], report["zero_stage"]) == (2, engine, stage)
-    return out, stage
+    return launched_on_two(request.param, tmp_path_factory, "ranks_dqo.py")
 
 
 @pytest.mark.parametrize("two_ranks", ENGINES, indirect=True)
@@ -98,6 +91,19 @@ def test_bfloat16_weights_under_zero_3_have_float32_heads(tmp_path: Path, alone)
     losses = [entry["loss"] for entry in alone.state.log_history if "loss" in entry]
     assert [entry["loss"] for entry in log] == pytest.approx(losses, rel=0.2)
     assert abs(log[0]["log_ratio_right"]) < 0.1
+
+
+def launched_on_two(
+    engine_and_stage: tuple[str, int], tmp_path_factory: pytest.TempPathFactory, script: str
+) -> tuple[Path, int]:
+    engine, stage = engine_and_stage
+    if stage:
+        pytest.importorskip("deepspeed")
+    out = tmp_path_factory.mktemp(f"two-{stage}")
+    launched(out, stage, script=script)
+    report = json.loads((out / "report.json").read_text())
+    assert (report["ranks"], report["engine"], report["zero_stage"]) == (2, engine, stage)
+    return out, stage
 
 
 def launched(

@@ -10,7 +10,7 @@ from posttrain.models.load import load_model
 from posttrain.models.value import load_value_model
 from posttrain.trainers.value import ValueTrainer
 from tests.trainers.ranks_value import trained
-from tests.trainers.test_dqo_ranks import ENGINES, launched
+from tests.trainers.test_dqo_ranks import ENGINES, launched, launched_on_two
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 SCRIPT = "ranks_value.py"
@@ -24,21 +24,15 @@ def alone(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two_ranks(request, tmp_path_factory):
     """The folder of a training on two ranks, and its ZeRO stage, 0 for DDP."""
-    engine, stage = request.param
-    if stage:
-        pytest.importorskip("deepspeed")
-    out = tmp_path_factory.mktemp(f"two-{stage}")
-    launched(out, stage, script=SCRIPT)
-    report = json.loads((out / "report.json").read_text())
-    assert (report["ranks"], report["engine"], report["zero_stage"]) == (2, engine, stage)
-    return out, stage
+    return launched_on_two(request.param, tmp_path_factory, SCRIPT)
 
 
 @pytest.mark.parametrize("two_ranks", ENGINES, indirect=True)
 def test_two_ranks_give_the_value_model_of_one(two_ranks, alone) -> None:
     out, _ = two_ranks
     losses = [entry["loss"] for entry in alone.state.log_history if "loss" in entry]
-    assert json.loads((out / "report.json").read_text())["losses"] == pytest.approx(losses, abs=1e-5)
+    log = json.loads((out / "report.json").read_text())["log"]
+    assert [entry["loss"] for entry in log] == pytest.approx(losses, abs=1e-5)
     assert len(set(losses)) == 3
     expect_same(out / "guide", alone)
 
