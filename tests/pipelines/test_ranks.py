@@ -7,7 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from posttrain.cli.main import main
 from tests.trainers.test_dqo_ranks import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -45,3 +47,13 @@ def test_a_process_that_dies_in_a_step_ends_all_with_one_readable_error(tmp_path
     assert done.returncode != 0 and time.monotonic() - start < 120  # a minute, and what it takes to import torch
     said = [line for line in done.stderr.splitlines() if line.startswith("posttrain: ")]
     assert said == ["posttrain: error: launch: another process has ended; the last checkpoint is kept"], done.stderr
+
+
+def test_what_joined_the_processes_of_a_command_is_ended_with_it(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        assert main(["recipe", "list"]) == 0
+        assert not torch.distributed.is_initialized()
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
