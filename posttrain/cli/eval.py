@@ -16,6 +16,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from posttrain.cli.engines import ENGINES
 from posttrain.errors import UserError
 from posttrain.record import begin
 
@@ -57,9 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="problems per shard, the unit that --resume redoes; default: 256 completions' worth",
     )
     group.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
-    group.add_argument(
-        "--engine", choices=("transformers", "vllm", "service"), help="what samples; default: transformers"
-    )
+    group.add_argument("--engine", choices=ENGINES, help="what samples; default: transformers")
     group.add_argument(
         "--url", nargs="+", help="of --engine service: where posttrain rollout-service runs, once or often"
     )
@@ -148,9 +147,9 @@ def _measure(words: list[str], given: dict[str, Any]) -> None:
         check_lazy(task.benchmark.sampling(0))
     if len(betas) > 1 and "until" in given:
         raise UserError("until: a sweep over several betas runs whole; leave it out")
-    if given.get("engine") == "vllm":
-        check_for_vllm(**{name: given.get(name) for name in ("device", "threads", "dtype")})
-    if given.get("engine") in ("vllm", "service") and len(betas) > 1:
+    if given.get("engine") in ("vllm", "ray"):
+        check_for_vllm(given["engine"], **{name: given.get(name) for name in ("device", "threads", "dtype")})
+    if given.get("engine") in ("vllm", "service", "ray") and len(betas) > 1:
         raise UserError(
             f"--beta: one with --engine {given['engine']}; a sweep over several is the transformers engine's"
         )
@@ -172,7 +171,7 @@ def _measure(words: list[str], given: dict[str, Any]) -> None:
         if until == "report":
             _show(out)
         return
-    if given.get("engine") in ("vllm", "service"):
+    if given.get("engine") in ("vllm", "service", "ray"):
         policy = load_tokenizer(given["model"])
         any_reference = given.get("any_reference", False)
         served = load_vllm_guide(given["guide"], policy, Guidance(lazy=lazy), any_reference) if betas else None

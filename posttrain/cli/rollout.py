@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from posttrain.cli.engines import ENGINES
 from posttrain.record import begin
 
 if TYPE_CHECKING:
@@ -43,9 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="prompts per shard, the unit that --resume redoes; default: 256 completions' worth",
     )
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
-    parser.add_argument(
-        "--engine", choices=("transformers", "vllm", "service"), default="transformers", help="what samples"
-    )
+    parser.add_argument("--engine", choices=ENGINES, default="transformers", help="what samples")
     parser.add_argument(
         "--url", nargs="+", help="of --engine service: where posttrain rollout-service runs, once or often"
     )
@@ -90,8 +89,8 @@ def run(args: argparse.Namespace) -> None:
     guidance = Guidance(Guidance.candidates if args.candidates is None else args.candidates, lazy=args.lazy)
     if args.lazy:
         check_lazy(sampling)
-    if args.engine == "vllm":
-        check_for_vllm(device=args.device, threads=args.threads, dtype=args.dtype)
+    if args.engine in ("vllm", "ray"):
+        check_for_vllm(args.engine, device=args.device, threads=args.threads, dtype=args.dtype)
     fixed = {name: getattr(args, name) for name in ("device", "threads", "dtype")}
     check_for_service(args.url, args.engine == "service", **fixed)
     config = RolloutConfig(

@@ -162,7 +162,9 @@ class DQORunConfig:
     rejection: BaselineTraining = field(default_factory=BaselineTraining, metadata={"help": "SFT on right completions"})
     dpo: BaselineTraining = field(default=DPO, metadata={"help": "DPO on pairs of better and worse completions"})
     kto: BaselineTraining = field(default=KTO, metadata={"help": "KTO on all completions"})
-    engine: EngineName = field(default="transformers", metadata={"help": "what samples: transformers, vllm or service"})
+    engine: EngineName = field(
+        default="transformers", metadata={"help": "what samples: transformers, vllm, service or ray"}
+    )
     urls: tuple[str, ...] = field(default=(), metadata={"help": "of the service: where posttrain rollout-service runs"})
     slots: int = field(default=64, metadata={"help": "requests in the running batch"})
     shard_prompts: int = field(default=50, metadata={"help": "prompts per shard: what is redone after an interruption"})

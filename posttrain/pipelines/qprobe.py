@@ -54,7 +54,9 @@ class QProbeConfig:
     )
     poolings: tuple[Pooling, ...] = field(default=("last", "mean"), metadata={"help": "candidate poolings: last, mean"})
     probe: ProbeConfig = field(default_factory=ProbeConfig, metadata={"help": "the probe's own settings"})
-    engine: EngineName = field(default="transformers", metadata={"help": "what samples: transformers, vllm or service"})
+    engine: EngineName = field(
+        default="transformers", metadata={"help": "what samples: transformers, vllm, service or ray"}
+    )
     urls: tuple[str, ...] = field(default=(), metadata={"help": "of the service: where posttrain rollout-service runs"})
     slots: int = field(default=64, metadata={"help": "requests in the running batch"})
     shard_prompts: int = field(default=50, metadata={"help": "prompts per shard: what is redone after an interruption"})

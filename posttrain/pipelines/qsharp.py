@@ -92,7 +92,9 @@ class QSharpConfig:
     )
     guidance: Guidance = field(default_factory=Guidance, metadata={"help": "candidates, delta, outside, order"})
     value: ValueTraining = field(default_factory=ValueTraining, metadata={"help": "the value model and its training"})
-    engine: EngineName = field(default="transformers", metadata={"help": "what samples: transformers, vllm or service"})
+    engine: EngineName = field(
+        default="transformers", metadata={"help": "what samples: transformers, vllm, service or ray"}
+    )
     urls: tuple[str, ...] = field(default=(), metadata={"help": "of the service: where posttrain rollout-service runs"})
     slots: int = field(default=64, metadata={"help": "requests in the running batch"})
     shard_prompts: int = field(default=50, metadata={"help": "prompts per shard: what is redone after an interruption"})

@@ -205,14 +205,16 @@ class VLLMEngine:
         self.close()
 
 
-def check_for_vllm(*, device: str | None = None, threads: int | None = None, dtype: str | None) -> None:
+def check_for_vllm(
+    engine: str = "vllm", *, device: str | None = None, threads: int | None = None, dtype: str | None
+) -> None:
     """Errors: UserError for what only the transformers engine does."""
     for name, value, instead in (
         ("device", device, "it takes the one it was built for; CUDA_VISIBLE_DEVICES chooses among GPUs"),
         ("threads", threads, "set VLLM_CPU_OMP_THREADS_BIND or OMP_NUM_THREADS"),
     ):
         if value is not None:
-            raise UserError(f"--{name}: not with --engine vllm; {instead}")
+            raise UserError(f"--{name}: not with --engine {engine}; {instead}")
     if dtype not in (None, *get_args(Precision)):
         raise UserError(f"dtype: must be float32 or bfloat16, got {dtype!r}")
 

@@ -13,7 +13,7 @@ SERVICE = ("--engine", "service", "--url", "http://127.0.0.1:1")
         ("qprobe", "", ("--engine", "service"), "urls: give at least one, as in --url http://127.0.0.1:8000"),
         ("dqo", "", ("--url", "http://127.0.0.1:1"), "urls: they are the service's; with them goes engine: service"),
         ("dqo", "", ("--engine", "service", "--url", "nowhere"), "urls: must be like http://127.0.0.1:8000"),
-        ("dqo", "engine: ray", (), "engine: must be one of transformers, vllm, service, got 'ray'"),
+        ("dqo", "engine: rays", (), "engine: must be one of transformers, vllm, service, ray, got 'rays'"),
         ("qsharp", "", SERVICE, "value.head: a v head reads every candidate as one more token"),
         (
             "qsharp",

@@ -1,0 +1,140 @@
+"""The engine on a Ray cluster: one of vLLM's on every GPU of every machine, or, without GPUs, one on every machine.
+
+Completions are what `VLLMEngine` gives, log-probabilities and guidance included, which Ray Data's own processor of batches does
+not tell; and that one wants another version of vLLM.
+"""
+
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from posttrain.decoding.vllm import VLLMGuide
+from posttrain.errors import UserError
+from posttrain.rollouts.engine import Completion, Request
+from posttrain.rollouts.vllm import Precision, VLLMEngine
+
+PASSED_ON = ("OMP_NUM_THREADS", "VLLM_", "HF_HUB_OFFLINE")  # of this process's environment, to those on other machines
+DIED = "engine: a process of Ray's has died ({}); what is finished is kept, --resume goes on"
+
+
+class RayEngine:
+    """An `Engine` that divides requests among replicas. Close it, or use it in a `with`.
+
+    folder, slots, dtype, guide: as of `VLLMEngine`, of every replica; all machines must see the folders. The cluster is the one
+    that this process has joined, else that of RAY_ADDRESS, else this machine for as long as the engine lives.
+    Errors: UserError naming `engine` where Ray is not installed, cannot be reached, or loses a replica; as `VLLMEngine`.
+    """
+
+    def __init__(
+        self, folder: Path, *, slots: int = 64, dtype: Precision = "auto", guide: VLLMGuide | None = None
+    ) -> None:
+        try:
+            import ray
+        except ImportError as error:
+            raise UserError(
+                f"engine: ray cannot be imported ({error}); pip install 'posttrain[ray]', or use --engine vllm"
+            ) from None
+        self._replicas: list[Any] = []
+        self._own = not ray.is_initialized()
+        if self._own:
+            _join()
+        try:
+            gpus = int(ray.cluster_resources().get("GPU", 0))
+            shares = [{"num_gpus": 1}] * gpus or [
+                {"num_cpus": int(node["Resources"]["CPU"])} for node in ray.nodes() if "CPU" in node["Resources"]
+            ]
+            self._replicas = [ray.remote(_Replica).options(**share).remote() for share in shares]
+            started = [replica.start.remote(folder, slots, dtype, guide) for replica in self._replicas]
+            self.fingerprint, self.context, self.settings = [_got(one) for one in started][-1]
+        except BaseException:
+            self.close()
+            raise
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """Completions as they finish. Errors: UserError for a request that cannot fit, before any generation; `DIED`."""
+        waiting, count = list(requests), len(self._replicas)
+        # Neighbours stay together: the samples of a prompt share what is cached of it.
+        parts = [waiting[len(waiting) * i // count : len(waiting) * (i + 1) // count] for i in range(count)]
+        given = list(zip(self._replicas, parts, strict=True))
+        for checked in [replica.check.remote(part) for replica, part in given]:
+            _got(checked)
+        return self._run(given)
+
+    def _run(self, given: Sequence[tuple[Any, Sequence[Request]]]) -> Iterator[Completion]:
+        import ray
+
+        streams: list[Any] = [replica.generate.options(num_returns="streaming").remote(part) for replica, part in given]
+        while streams:
+            ready: list[Any] = ray.wait(streams)[0]
+            for stream in ready:
+                try:
+                    one: Any = next(stream)
+                except StopIteration:
+                    streams.remove(stream)
+                else:
+                    yield _got(one)
+
+    def close(self) -> None:
+        """Ends the replicas, and the cluster where it is this engine's own."""
+        import ray
+
+        for replica in self._replicas:
+            ray.kill(replica)
+        if self._own:
+            ray.shutdown()
+
+    def __enter__(self) -> "RayEngine":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class _Replica:
+    """In a process of its own."""
+
+    def start(
+        self, folder: Path, slots: int, dtype: Precision, guide: VLLMGuide | None
+    ) -> tuple[str, int, dict[str, Any]]:
+        self.engine = VLLMEngine(folder, slots=slots, dtype=dtype, guide=guide)
+        return self.engine.fingerprint, self.engine.context, {**self.engine.settings, "engine": "ray"}
+
+    def check(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self.engine.check(request)
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
+        for one in self.engine.generate(requests):  # noqa: UP028 - Ray sends values into it, which lists would not take
+            yield one
+
+
+def _join() -> None:
+    import ray
+
+    # No keys: Ray shows what it passes on.
+    passed = {name: os.environ[name] for name in os.environ if name.startswith(PASSED_ON) and "KEY" not in name}
+    try:
+        ray.init(
+            os.environ.get("RAY_ADDRESS", "local"),
+            include_dashboard=None if "RAY_ADDRESS" in os.environ else False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            runtime_env={"env_vars": passed},
+        )
+    except ConnectionError as error:
+        raise UserError(f"engine: no Ray cluster at RAY_ADDRESS: {str(error).splitlines()[0]}") from None
+
+
+def _got(reference: Any) -> Any:
+    """Errors: what was raised there; UserError where the process has died."""
+    import ray
+
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except ray.exceptions.RayActorError as error:
+        raise UserError(DIED.format(type(error).__name__)) from None

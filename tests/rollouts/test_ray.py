@@ -1,0 +1,86 @@
+"""The engine on a real Ray cluster, with the real vLLM (CPU), against the engine on transformers, in float32."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from posttrain.cli.main import main
+from posttrain.data import arithmetic
+from posttrain.data.prompts import render
+from posttrain.models.load import TINY, load_model, model_fingerprint
+from posttrain.rollouts.table import read_table
+from posttrain.rollouts.transformers import TransformersEngine
+from tests.rollouts.run_vllm import plain, requests
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
+ROOT = Path(__file__).parents[2]
+LAW = {"temperature": 0.0, "max_tokens": 96}
+
+
+def test_two_machines_give_what_the_transformers_engine_gives() -> None:
+    pytest.importorskip("ray")
+    policy = load_model("tiny", device="cpu", dtype="float32")
+    problems = arithmetic.problems(15, "test", seed=5, levels=(1, 2, 3))
+    prompts = [list(render(policy.tokenizer, [{"role": "user", "content": each.text}])) for each in problems]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.rollouts.run_ray"],
+        input=json.dumps({"model": str(TINY), "prompts": prompts, "law": LAW}),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["replicas"] == 2 and found["fingerprint"] == model_fingerprint(TINY)
+    assert found["settings"]["engine"] == "ray" and found["settings"]["dtype"] == "float32"
+    engine = TransformersEngine(policy.model, policy.tokenizer, fingerprint=policy.fingerprint, slots=8)
+    expected = plain(engine.generate(requests(prompts, LAW)))
+    assert [one["request_id"] for one in found["completions"]] == list(range(15))
+    for theirs, ours in zip(found["completions"], expected, strict=True):
+        assert theirs["ids"] == list(ours["ids"])
+        assert theirs["logprobs"] == pytest.approx(list(ours["logprobs"]), abs=1e-4)
+    too_long, unguided, died = found["refused"]
+    assert too_long.startswith("max_tokens: ") and unguided.startswith("beta: this engine has no guide")
+    assert died == "engine: a process of Ray's has died (ActorDiedError); what is finished is kept, --resume goes on"
+
+
+def test_a_table_is_collected(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    command = [
+        "rollout",
+        "--model",
+        "tiny",
+        "--data",
+        "arithmetic",
+        "--engine",
+        "ray",
+        "--dtype",
+        "float32",
+        "--limit",
+        "4",
+        "--samples",
+        "2",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "posttrain", *command, "--out", str(tmp_path / "table")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    table = read_table(tmp_path / "table")
+    assert len(table) == 8 and table.manifest["settings"]["engine"] == "ray"
+
+
+def test_without_ray_it_is_said(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    command = ["rollout", "--model", "tiny", "--data", "arithmetic", "--engine", "ray", "--limit", "1"]
+    assert main([*command, "--samples", "1", "--out", str(tmp_path / "a")]) == 2
+    assert "engine: ray cannot be imported" in capsys.readouterr().err
