@@ -7,6 +7,7 @@ half the sampling. A later round rolls in with the guided policy, cuts, rolls ou
     round-N/rollin/         (N > 1) completions of the policy that round N - 1 guides
     round-N/rollouts/       (N > 1) those, cut and completed by pi_ref
     round-N/value/          the value model
+    round-N/cd_beta.json    (of the last) where CD has the KL of Q#
     round-N/history/        (`history` > 1) the mean of the last rounds' value models, which is then what guides
     test/, guided/NAME/     what is measured: pi_ref, and guided policies
     summary.json, report.html
@@ -16,6 +17,7 @@ evaluates, and all train.
 """
 
 import itertools
+import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -40,6 +42,7 @@ from posttrain.models.load import Policy, load_model
 from posttrain.models.value import average_heads, base_fingerprint, check_layers, read_value_model
 from posttrain.objectives.qsharp import history_weights
 from posttrain.pipelines.engines import EngineName, Sampler
+from posttrain.pipelines.matching import beta_of_kl
 from posttrain.pipelines.ranks import Ranks
 from posttrain.pipelines.rollout import RolloutConfig, check_overlap, lengths_by_verdict, rollout
 from posttrain.pipelines.value_training import MADE_BY, ValueTraining, train_value
@@ -58,7 +61,6 @@ DEFINED = (
     *("pass@1", "maj@k", "pass@k", "Q#", "CD", "reward model", "best-of-k", "weighted majority"),
     *("KL", "tokens", "seconds", "interval"),
 )
-MATCHING_STEPS = 7  # halvings of log beta between 1e-3 and 10
 
 
 @dataclass(frozen=True)
@@ -384,13 +386,20 @@ class Work:
 
     def matched_beta(self, number: int) -> float:
         """The beta at which CD, with the same value model, moves as far from pi_ref as Q# does, on training prompts."""
-        target = self.mean_kl(self.guide(number), self.config.beta)
-        guide = self.guide(number, "cd")
-        low, high = 1e-3, 10.0  # KL falls as beta grows
-        for _ in range(MATCHING_STEPS):
-            middle = math.sqrt(low * high)
-            low, high = (middle, high) if self.mean_kl(guide, middle) > target else (low, middle)
-        return math.sqrt(low * high)
+        kept = self.out / f"round-{number}" / "cd_beta.json"
+        guide, cd = self.guide(number), self.guide(number, "cd")
+        asked = plain({"guide": guide.settings, "beta": self.config.beta, "prompts": MATCHING_PROMPTS})
+        made = json.loads(kept.read_text()) if kept.is_file() else {}
+        if made.get("asked") != asked:
+            self.say(f"round {number}: looking for the beta at which CD has the KL of Q#")
+            target = self.mean_kl(guide, self.config.beta)
+            # However small its beta, Q# tilts by ratios of values, some nats; CD by differences over beta, as much at some 0.3
+            # where values differ by a half.
+            beta, kl = beta_of_kl(partial(self.mean_kl, cd), target, start=max(self.config.beta, 0.3))
+            made = {"asked": asked, "beta": beta, "kl": kl, "kl_of_qsharp": target}
+            write_json(kept, made)
+        found: float = made["beta"]
+        return found
 
     def mean_kl(self, guide: ValueGuide, beta: float) -> float:
         """KL per completion, in nats, on a few training prompts."""

@@ -25,7 +25,7 @@ from posttrain import record
 from posttrain.cli.main import main
 from posttrain.models import features
 from posttrain.models.probe import Probe
-from posttrain.pipelines import qsharp
+from posttrain.pipelines import matching, qsharp
 from posttrain.pipelines.checkpoints import last_checkpoint
 from posttrain.rollouts import collect
 from posttrain.trainers import baselines
@@ -145,7 +145,7 @@ def small() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(baselines, "SAVE_STEPS", 2)
         patch.setattr(qsharp, "MATCHING_PROMPTS", 2)
-        patch.setattr(qsharp, "MATCHING_STEPS", 1)
+        patch.setattr(matching, "STEPS", 1)
         yield
 
 

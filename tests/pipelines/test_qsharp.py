@@ -80,10 +80,13 @@ def test_everything_is_kept(finished):
     again = run(replace(SMALL, out=str(out)), say=said.append)
     assert said[0] == f"round 1: collected already, in {out / 'train'}"
     assert not any("completions of each" in line and line.startswith("round") for line in said)
+    assert not any("looking for" in line for line in said)
     assert {name: arm.accuracy for name, arm in again.arms.items()} == {
         name: arm.accuracy for name, arm in result.arms.items()
     }
     assert again.points == result.points
+    kept = json.loads((out / "round-2" / "cd_beta.json").read_text())
+    assert kept["beta"] == next(point.beta for point in again.points if point.law == "CD")
     assert stamps == {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
 
 
