@@ -56,7 +56,9 @@ from posttrain.rollouts.transformers import TransformersEngine
 Stage = Literal["collect", "train", "evaluate"]
 Law = Literal["qsharp", "cd"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
-MATCHING_PROMPTS = 64  # training prompts on which the beta is found at which CD has the KL of Q#
+MATCHING_PROMPTS = (
+    64  # training prompts on which the beta is found at which CD has the KL of Q#; at most as many as of the test
+)
 DEFINED = (
     *("pass@1", "maj@k", "pass@k", "Q#", "CD", "reward model", "best-of-k", "weighted majority"),
     *("KL", "tokens", "seconds", "interval"),
@@ -205,6 +207,7 @@ class Work:
         self.test_plan = self._plan(test_data, config.test_split, config.test_prompts, config.k)
         self.train_rows, self.test_rows = self.train_plan.rows(), self.test_plan.rows()
         check_overlap(self.train_rows, self.test_rows)
+        self.matching_rows = self.train_rows[: min(MATCHING_PROMPTS, len(self.test_rows))]
         if config.value.base:
             with within("value."):
                 base_fingerprint(config.value.base)  # refused now, not after the first round is collected
@@ -388,7 +391,7 @@ class Work:
         """The beta at which CD, with the same value model, moves as far from pi_ref as Q# does, on training prompts."""
         kept = self.out / f"round-{number}" / "cd_beta.json"
         guide, cd = self.guide(number), self.guide(number, "cd")
-        asked = plain({"guide": guide.settings, "beta": self.config.beta, "prompts": MATCHING_PROMPTS})
+        asked = plain({"guide": guide.settings, "beta": self.config.beta, "prompts": len(self.matching_rows)})
         made = json.loads(kept.read_text()) if kept.is_file() else {}
         if made.get("asked") != asked:
             self.say(f"round {number}: looking for the beta at which CD has the KL of Q#")
@@ -407,7 +410,7 @@ class Work:
         engine = TransformersEngine(
             policy.model, policy.tokenizer, fingerprint=policy.fingerprint, slots=self.config.slots, guide=guide
         )
-        prompts = prompts_for(self.train_rows[:MATCHING_PROMPTS], policy.tokenizer, self.train_plan.template)
+        prompts = prompts_for(self.matching_rows, policy.tokenizer, self.train_plan.template)
         requests = [
             Request(i, prompt.ids, replace(sampling, seed=completion_seed(sampling.seed, prompt.id, 0)), beta)
             for i, prompt in enumerate(prompts)

@@ -1,10 +1,12 @@
 """Completions of somebody else's making as a rollout table."""
 
+import copy
 import json
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tokenizers.normalizers import NFKC
 
 from posttrain.errors import UserError
 from posttrain.models.load import load_tokenizer
@@ -84,6 +86,17 @@ def test_a_text_that_its_tokens_do_not_say_is_refused_and_the_mended_file_is_tak
     with pytest.raises(UserError, match=f"^completions: .*{message}"):
         given_table(broken, TOKENIZER, tmp_path / "table")
     assert len(given_table(written(tmp_path, ROWS), TOKENIZER, tmp_path / "table")) == 3
+
+
+def test_another_normal_form_of_a_text_is_no_loss(tmp_path):
+    """As a tokenizer that normalises reads it."""
+    file = written(tmp_path, [{**ROWS[0], "completion": "#### \uff13"}])  # a wide 3
+    with pytest.raises(UserError, match="cannot spell"):
+        given_table(file, TOKENIZER, tmp_path / "table")
+    normalising = copy.deepcopy(TOKENIZER)
+    normalising.backend_tokenizer.normalizer = NFKC()
+    (row,) = given_table(file, normalising, tmp_path / "table").rows()
+    assert TOKENIZER.decode(row["completion_ids"], skip_special_tokens=True) == "#### 3"
 
 
 def test_files_that_are_none_are_named(tmp_path):
