@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from posttrain.rollouts.engine import LEAST_BETA
 
-REACH = 10_000  # times `start`, either way: where beta is looked for
+REACH = math.log(10_000)  # of log beta from its start, either way: where it is looked for
 STEPS = 8
 TOLERANCE = 0.03  # of the KL; its mean over some dozens of completions is less certain than that
 
@@ -13,11 +13,11 @@ TOLERANCE = 0.03  # of the KL; its mean over some dozens of completions is less 
 def beta_of_kl(kl: Callable[[float], float], target: float, start: float) -> tuple[float, float]:
     """(beta, its KL) near `target`, which `kl(beta)`, falling in beta, is to have; the closest seen where none is near.
 
-    The secant method on the logarithms, which lie near a straight line, of slope -2 while the tilt is weak and flatter as it
-    saturates. A bracket holds it where noise or saturation would throw it out.
+    start: above LEAST_BETA. The secant method on the logarithms, which lie near a straight line, of slope -2 while the tilt is
+    weak and flatter as it saturates. A bracket holds it where noise or saturation would throw it out.
     """
-    low, high = math.log(max(start / REACH, LEAST_BETA)), math.log(start * REACH)
     at, slope = math.log(start), -2.0
+    low, high = max(at - REACH, math.log(LEAST_BETA)), at + REACH
     seen: list[tuple[float, float, float]] = []  # log beta, how far log KL is above the target's, KL
     for _ in range(STEPS):
         found = kl(math.exp(at))

@@ -46,7 +46,7 @@ from posttrain.pipelines.matching import beta_of_kl
 from posttrain.pipelines.ranks import Ranks
 from posttrain.pipelines.rollout import RolloutConfig, check_overlap, lengths_by_verdict, rollout
 from posttrain.pipelines.value_training import MADE_BY, ValueTraining, train_value
-from posttrain.provenance import plain, versions, write_json
+from posttrain.provenance import hash_json, plain, versions, write_json
 from posttrain.rollouts.collect import completion_seed, prompts_for
 from posttrain.rollouts.engine import LEAST_BETA, Request, Sampling
 from posttrain.rollouts.rollin import cut_completions
@@ -391,7 +391,8 @@ class Work:
         """The beta at which CD, with the same value model, moves as far from pi_ref as Q# does, on training prompts."""
         kept = self.out / f"round-{number}" / "cd_beta.json"
         guide, cd = self.guide(number), self.guide(number, "cd")
-        asked = plain({"guide": guide.settings, "beta": self.config.beta, "prompts": len(self.matching_rows)})
+        prompts = hash_json(self.matching_rows)
+        asked = plain({"guide": guide.settings, "beta": self.config.beta, "prompts": prompts})
         made = json.loads(kept.read_text()) if kept.is_file() else {}
         if made.get("asked") != asked:
             self.say(f"round {number}: looking for the beta at which CD has the KL of Q#")
@@ -399,6 +400,8 @@ class Work:
             # However small its beta, Q# tilts by ratios of values, some nats; CD by differences over beta, as much at some 0.3
             # where values differ by a half.
             beta, kl = beta_of_kl(partial(self.mean_kl, cd), target, start=max(self.config.beta, 0.3))
+            if abs(kl - target) > 0.1 * target:
+                self.say(f"round {number}: CD's KL comes to {kl:.3g} nats at best, that of Q# is {target:.3g}")
             made = {"asked": asked, "beta": beta, "kl": kl, "kl_of_qsharp": target}
             write_json(kept, made)
         found: float = made["beta"]

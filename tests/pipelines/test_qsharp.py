@@ -90,6 +90,20 @@ def test_everything_is_kept(finished):
     assert stamps == {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
 
 
+@pytest.mark.slow
+def test_the_beta_of_cd_is_looked_for_anew_where_it_is_that_of_something_else(finished, tmp_path):
+    out, _, _ = finished
+    shutil.copytree(out / "round-2", tmp_path / "round-2")
+    kept = json.loads((out / "round-2" / "cd_beta.json").read_text())
+    said: list[str] = []
+    config = replace(SMALL, out=str(tmp_path))
+    assert Work(config, said.append).matched_beta(2) == kept["beta"] and said == []
+    for change in ({"beta": 0.5}, {"train_prompts": 5}, {"guidance": Guidance(delta=0.1)}):
+        Work(replace(config, **change), said.append).matched_beta(2)
+        assert said.pop(0) == "round 2: looking for the beta at which CD has the KL of Q#"
+        said.clear()
+
+
 def test_a_stage_alone_says_what_it_lacks(tmp_path):
     config = replace(SMALL, out=str(tmp_path / "run"))
     with pytest.raises(UserError, match=r"stage: round 1 is not collected.*\(--stage collect --round 1\)"):
