@@ -97,8 +97,11 @@ def load_tokenizer(name: str) -> Policy:
 @contextmanager
 def set_aside(policy: Policy) -> Iterator[None]:
     """Within, the policy's weights lie in the machine's own memory, and what a GPU has is for others."""
+    import torch
+
     device = policy.model.device
     policy.model.to("cpu")
+    torch.cuda.empty_cache()  # for other processes too
     try:
         yield
     finally:

@@ -1,28 +1,38 @@
-"""What the tests of the Ray engine look at, made in a process of its own, on a cluster of two machines that are both this one."""
+"""What the tests of the Ray engine look at, made in a process of its own, on a cluster of two machines that are both this one, the
+second with more processors."""
 
+import dataclasses
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
 import ray
 from ray.cluster_utils import Cluster
 
+from posttrain.decoding.guidance import Guidance
+from posttrain.decoding.vllm import load_vllm_guide
+from posttrain.models.load import load_tokenizer
 from posttrain.rollouts.engine import Request, Sampling
 from posttrain.rollouts.ray import RayEngine
 from tests.rollouts.run_vllm import plain, refused, requests
 
 work = json.load(sys.stdin)
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-cluster.add_node(num_cpus=1)
+cluster.add_node(num_cpus=2)
 os.environ["RAY_ADDRESS"] = cluster.address
 asked = requests(work["prompts"], work["law"])
-with RayEngine(Path(work["model"]), dtype="float32", slots=8) as engine:
+guide = load_vllm_guide(work["guide"], load_tokenizer(work["model"]), Guidance(delta=0))
+handler = signal.getsignal(signal.SIGTERM)
+with RayEngine(Path(work["model"]), dtype="float32", slots=8, guide=guide) as engine:
     found = {"replicas": len(engine._replicas), "settings": engine.settings, "fingerprint": engine.fingerprint}
+    found["handler kept"] = signal.getsignal(signal.SIGTERM) is handler
     found["completions"] = plain(engine.generate(asked))
+    found["guided"] = plain(engine.generate([dataclasses.replace(one, beta=0.5) for one in asked]))
     found["refused"] = [
         refused(lambda: engine.generate([Request(0, (5,) * 40, Sampling(max_tokens=500))])),
-        refused(lambda: engine.generate([Request(0, (5,), Sampling(max_tokens=5), beta=0.1)])),
+        refused(lambda: engine.generate([Request(0, (1000,), Sampling(max_tokens=5))])),
     ]
     never = Sampling(temperature=0, max_tokens=400, stop_ids=(0,))
     long = [Request(i, (5, 6, 7), never) for i in range(15)]

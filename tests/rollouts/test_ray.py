@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,15 @@ import pytest
 from posttrain.cli.main import main
 from posttrain.data import arithmetic
 from posttrain.data.prompts import render
+from posttrain.decoding.guidance import Guidance
+from posttrain.decoding.guide import load_guide
+from posttrain.errors import UserError
 from posttrain.models.load import TINY, load_model, model_fingerprint
+from posttrain.models.value import new_value_model
+from posttrain.rollouts.ray import alike
 from posttrain.rollouts.table import read_table
 from posttrain.rollouts.transformers import TransformersEngine
+from tests.decoding.test_vllm import opinionated
 from tests.rollouts.run_vllm import plain, requests
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -21,14 +28,15 @@ ROOT = Path(__file__).parents[2]
 LAW = {"temperature": 0.0, "max_tokens": 96}
 
 
-def test_two_machines_give_what_the_transformers_engine_gives() -> None:
+def test_two_machines_give_what_the_transformers_engine_gives(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     policy = load_model("tiny", device="cpu", dtype="float32")
+    opinionated(new_value_model(policy, "q", layers=1, zero_init=False), tmp_path / "guide")
     problems = arithmetic.problems(15, "test", seed=5, levels=(1, 2, 3))
     prompts = [list(render(policy.tokenizer, [{"role": "user", "content": each.text}])) for each in problems]
     done = subprocess.run(
         [sys.executable, "-m", "tests.rollouts.run_ray"],
-        input=json.dumps({"model": str(TINY), "prompts": prompts, "law": LAW}),
+        input=json.dumps({"model": str(TINY), "guide": str(tmp_path / "guide"), "prompts": prompts, "law": LAW}),
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -39,14 +47,19 @@ def test_two_machines_give_what_the_transformers_engine_gives() -> None:
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["replicas"] == 2 and found["fingerprint"] == model_fingerprint(TINY)
     assert found["settings"]["engine"] == "ray" and found["settings"]["dtype"] == "float32"
-    engine = TransformersEngine(policy.model, policy.tokenizer, fingerprint=policy.fingerprint, slots=8)
-    expected = plain(engine.generate(requests(prompts, LAW)))
-    assert [one["request_id"] for one in found["completions"]] == list(range(15))
-    for theirs, ours in zip(found["completions"], expected, strict=True):
-        assert theirs["ids"] == list(ours["ids"])
-        assert theirs["logprobs"] == pytest.approx(list(ours["logprobs"]), abs=1e-4)
-    too_long, unguided, died = found["refused"]
-    assert too_long.startswith("max_tokens: ") and unguided.startswith("beta: this engine has no guide")
+    assert found["handler kept"]
+    guide = load_guide(tmp_path / "guide", policy, Guidance(delta=0))
+    engine = TransformersEngine(policy.model, policy.tokenizer, fingerprint=policy.fingerprint, slots=8, guide=guide)
+    asked = requests(prompts, LAW)
+    for name, each in (("completions", asked), ("guided", [replace(one, beta=0.5) for one in asked])):
+        expected = plain(engine.generate(each))
+        assert [one["request_id"] for one in found[name]] == list(range(15))
+        for theirs, ours in zip(found[name], expected, strict=True):
+            assert theirs["ids"] == list(ours["ids"])
+            assert theirs["logprobs"] == pytest.approx(list(ours["logprobs"]), abs=1e-4)
+    assert found["completions"] != found["guided"]
+    too_long, unknown, died = found["refused"]
+    assert too_long.startswith("max_tokens: ") and unknown.startswith("prompt: request 0 has token ids outside")
     assert died == "engine: a process of Ray's has died (ActorDiedError); what is finished is kept, --resume goes on"
 
 
@@ -77,6 +90,30 @@ def test_a_table_is_collected(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     table = read_table(tmp_path / "table")
     assert len(table) == 8 and table.manifest["settings"]["engine"] == "ray"
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "head", "http://127.0.0.1:8265"])
+def test_an_address_where_there_is_no_cluster_is_one_line(address: str, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    command = ["rollout", "--model", "tiny", "--data", "arithmetic", "--engine", "ray", "--limit", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "posttrain", *command, "--samples", "1", "--out", str(tmp_path / "table")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": address},
+        timeout=300,
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    assert f"posttrain: error: engine: no Ray cluster at {address}: " in done.stderr
+
+
+def test_machines_must_have_the_same_model_and_settings() -> None:
+    one = ("a", 512, {"dtype": "float32"})
+    assert alike([one, ("a", 512, {"dtype": "float32"})]) == one
+    with pytest.raises(UserError, match="^model: machines of the cluster have different ones: a and b"):
+        alike([one, one, ("b", 512, {"dtype": "float32"})])
+    with pytest.raises(UserError, match="^engine: machines of the cluster sample differently"):
+        alike([one, ("a", 512, {"dtype": "bfloat16"})])
 
 
 def test_without_ray_it_is_said(tmp_path: Path, monkeypatch, capsys) -> None:
