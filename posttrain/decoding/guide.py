@@ -19,7 +19,6 @@ from posttrain.errors import UserError
 from posttrain.models.cache import DecodeMasks
 from posttrain.models.load import Policy
 from posttrain.models.value import ValueModel, load_value_model, value_fingerprint
-from posttrain.objectives.qsharp import expected_return
 from posttrain.provenance import hash_json
 from posttrain.rollouts.engine import Candidate, Request
 
@@ -29,8 +28,8 @@ class ValueGuide:
 
     fingerprint: of the value model's folder; `settings` go into the manifest of what is sampled.
     policy: the model that is guided, whose states and embeddings a `shared` head reads.
-    Errors: UserError for a policy of another vocabulary or, with a shared head, of another size, and for lazy guidance by
-    another head than V-type.
+    Errors: UserError for a policy of another vocabulary or, with a shared head, of another size, for lazy guidance by
+    another head than V-type, and where values of preferences leave tokens outside untilted.
     """
 
     def __init__(self, value: ValueModel, policy: Any, fingerprint: str, guidance: Guidance | None = None) -> None:
@@ -42,6 +41,10 @@ class ValueGuide:
         if self.guidance.lazy and value.config.head != "v":
             raise UserError(
                 f"lazy: a {value.config.head} head values all candidates in one query, and has none to save; leave it out"
+            )
+        if value.config.preferences and self.guidance.outside != "mask":
+            raise UserError(
+                "outside: must be mask with values of preferences, which have no least one for other tokens to take"
             )
         text = policy.config.get_text_config()
         if value.config.vocab_size != text.vocab_size:
@@ -138,7 +141,7 @@ class GuideSession(Session):
         candidates, tilted, scored, logits = self._law
         values: dict[int, list[float]] = {}
         if logits is not None:
-            returns = expected_return(logits.float(), self.value.atoms).tolist()
+            returns = self.value.expected(logits.float()).tolist()
             values = dict(zip((slot for slot, asked in enumerate(scored) if asked), returns, strict=True))
         explained = []
         for slot in slots:

@@ -1,7 +1,8 @@
 """A value model as a reward model: E[R] of whole completions, read at their last token (table 3 of arXiv 2502.20548).
 
 For the re-ranker's best-of-n, and for a majority vote weighted by these scores (`evaluation.metrics`). What it thought on
-the way, after every token, is for people.
+the way, after every token, is for people. Of preferences a score is the sum of Q - V over a completion's tokens: that of
+their implied rewards (`objectives/ipl.py`) less V of the prompt.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from posttrain.models.features import Row, batches_by_length
 from posttrain.models.value import ValueModel
-from posttrain.objectives.qsharp import expected_return
 
 
 def value_scores(value: ValueModel, rows: Sequence[Row], policy: Any, batch_tokens: int = 8192) -> Tensor:
@@ -42,8 +42,13 @@ def _prefix_values(value: ValueModel, rows: Sequence[Row], policy: Any, batch_to
         ids = pad_sequence([sequences[i] for i in batch], batch_first=True).to(device)
         ends = torch.tensor([lengths[i] for i in batch], device=device)
         mask = (torch.arange(ids.shape[1], device=device) < ends[:, None]).long()
-        logits = value(ids, attention_mask=mask, trunk=trunk)
-        returns = expected_return(logits.float(), value.atoms).tolist()
-        for i, row in zip(batch, returns, strict=True):
+        logits = value(ids, attention_mask=mask, trunk=trunk).float()
+        if value.config.preferences:
+            starts = torch.tensor([len(rows[i][0]) for i in batch], device=device)
+            prompt = torch.arange(ids.shape[1], device=device) < starts[:, None]
+            scores = (logits[..., 0] - logits[..., 1]).masked_fill(prompt, 0).cumsum(-1)
+        else:
+            scores = value.expected(logits)
+        for i, row in zip(batch, scores.tolist(), strict=True):
             found[i] = row[: lengths[i]]
     return found

@@ -70,14 +70,19 @@ class VLLMGuide:
 def load_vllm_guide(
     folder: str | Path, policy: Policy, guidance: Guidance | None = None, any_reference: bool = False
 ) -> VLLMGuide:
-    """Errors: UserError naming `guide` as `read_value_model`, and for a V-type head; naming `lazy`, which only such a head can
-    be; naming `outside` for tokens that are sampled without having been candidates, of whose KL vLLM gives no account."""
+    """Errors: UserError naming `guide` as `read_value_model`, for a V-type head, and for values of preferences; naming `lazy`,
+    which only a V-type head can be; naming `outside` for tokens that are sampled without having been candidates, of whose KL
+    vLLM gives no account."""
     guidance = guidance or Guidance()
     value = read_value_model(folder, policy, any_reference)
     if value.config.head == "v":
         raise UserError(
             f"guide: {folder} has a V-type head, which reads every candidate as one more token; vLLM runs one query a step: "
             "train with --head q or --head shared, or use --engine transformers"
+        )
+    if value.config.preferences:
+        raise UserError(
+            f"guide: {folder} learned from preferences, which vLLM does not serve; use --engine transformers"
         )
     if guidance.lazy:
         raise UserError(

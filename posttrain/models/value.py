@@ -20,7 +20,13 @@ from transformers.utils import logging
 
 from posttrain.errors import UserError, nearest
 from posttrain.models.load import Policy, load_model, model_fingerprint, model_folder
-from posttrain.objectives.qsharp import bernoulli_log_tilt, categorical_log_tilt, check_atoms, expected_log_tilt
+from posttrain.objectives.qsharp import (
+    bernoulli_log_tilt,
+    categorical_log_tilt,
+    check_atoms,
+    expected_log_tilt,
+    expected_return,
+)
 from posttrain.provenance import hash_files, hash_json
 
 Head = Literal["v", "q", "shared"]
@@ -33,6 +39,7 @@ class ValueModelConfig(PreTrainedConfig):
     hidden_size, embedding_size, vocab_size: of what the head reads; width: of the candidate head's hidden layer;
     reference: fingerprint of the policy whose roll-outs it learned from; vocabulary: hash of that policy's tokens.
     soft: the logit is V itself, as DQO learns it beside a policy: not the law of a return, and 0 after the end token.
+    preferences: the logit is Q itself, in nats and of either sign, as IPL learns it from pairs: no law of a return.
     """
 
     model_type = "posttrain_value"
@@ -48,6 +55,7 @@ class ValueModelConfig(PreTrainedConfig):
     reference: str | None = None
     vocabulary: str | None = None
     soft: bool = False
+    preferences: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.backbone, dict):
@@ -135,7 +143,7 @@ class ValueModel(PreTrainedModel):
         """Value logits [batch, time(, atoms)]: entry t is the value after token t, given those before it.
 
         trunk: the policy's frozen decoder, of a `shared` head. With a candidate head entry 0 is not a value: no state
-        stands before it.
+        stands before it. Of preferences [batch, time, 2]: Q of token t, and V before it.
         """
         shared = self.config.head == "shared"
         decoder = trunk if shared else self.backbone
@@ -147,7 +155,12 @@ class ValueModel(PreTrainedModel):
         if embeddings is None:
             return self.after(states)
         before = F.pad(states[:, :-1], (0, 0, 1, 0))
-        return self._squeeze(self.head(before, self.head.project(embeddings)))
+        projected = self.head.project(embeddings)
+        values = self._squeeze(self.head(before, projected))
+        if not self.config.preferences:
+            return values
+        # V is what the head says of no candidate: a second head would be left out of what guides.
+        return torch.stack((values, self._squeeze(self.head(before, torch.zeros_like(projected)))), -1)
 
     def after(self, states: Tensor) -> Tensor:
         """V-type: logits [...(, atoms)] from the states [..., d] at the tokens whose values they are."""
@@ -160,14 +173,21 @@ class ValueModel(PreTrainedModel):
     def log_tilt(self, value_logits: Tensor, beta: float | Tensor, law: str = "qsharp") -> Tensor:
         """Log-tilts [...] of value logits, relative to the least return there is (`least`): never below 0.
 
-        law: `qsharp`, or `cd` for controlled decoding with the same model.
+        law: `qsharp`, or `cd` for controlled decoding with the same model. Of preferences Q / beta in both, relative to 0:
+        V would shift all candidates of a state alike.
         """
+        if self.config.preferences:
+            return value_logits / beta
         atoms = None if self.atoms is None else (self.atoms.double() - self.least).to(value_logits.device)
         if law == "cd":
             return expected_log_tilt(value_logits, beta, atoms)
         if atoms is None:
             return bernoulli_log_tilt(value_logits, beta)
         return categorical_log_tilt(value_logits, atoms, beta)
+
+    def expected(self, value_logits: Tensor) -> Tensor:
+        """E[R] of value logits [...(, atoms)] -> [...]; of preferences Q, as it is."""
+        return value_logits if self.config.preferences else expected_return(value_logits, self.atoms)
 
     def _squeeze(self, logits: Tensor) -> Tensor:
         return logits if self.config.atoms else logits.squeeze(-1)
@@ -186,16 +206,19 @@ def new_value_model(
     zero_init: bool = True,
     width: int = 256,
     seed: int = 0,
+    preferences: bool = False,
 ) -> ValueModel:
     """A value model for a policy, its backbone a copy of the language model `base` (default: of the policy itself), or of
-    its first `layers` layers.
+    its first `layers` layers. preferences: it is to learn Q from pairs, not the law of a return.
 
-    Errors: UserError for an unknown head, atoms that do not increase, a width below 1, and a base of another vocabulary or
-    with fewer layers.
+    Errors: UserError for an unknown head, atoms that do not increase, a width below 1, a base of another vocabulary or with
+    fewer layers, and preferences by a V-type head or over atoms.
     """
     if head not in HEADS:
         raise UserError(f"head: must be one of {', '.join(HEADS)}, got {head!r}{nearest(str(head), HEADS)}")
     _check_atoms(atoms)
+    if preferences and (head == "v" or atoms):
+        raise UserError(f"preferences: need a q or shared head without atoms, got {head}, atoms {atoms}")
     if width < 1:
         raise UserError(f"width: must be at least 1, got {width}")
     for name, given in (("base", base), ("layers", layers)):
@@ -222,6 +245,7 @@ def new_value_model(
         width=width,
         reference=policy.fingerprint,
         vocabulary=vocabulary_hash(policy.tokenizer),
+        preferences=preferences,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

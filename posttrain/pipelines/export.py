@@ -1,7 +1,7 @@
 """A run's result as one folder to publish: the policy with adapters merged, and its value model and probe beside it.
 
 DIR/                 the policy, an ordinary Hugging Face folder
-DIR/value/           the value model of Q# (`posttrain.load_guided(DIR)` guides by it)
+DIR/value/           the value model of Q# or IPL (`posttrain.load_guided(DIR)` guides by it)
 DIR/probe/           the Q-Probe
 DIR/posttrain.json   how guidance is meant: beta, candidates; and what it was made of
 DIR/README.md        the card: figures with intervals, and how to load each
@@ -85,7 +85,8 @@ def export(sources: Sequence[str], out: Path) -> list[str]:
         if value is not None:
             _check(value, json.loads((value / "config.json").read_text()).get("reference"), fingerprint, "value model")
             _copy(value, folder / VALUE)
-            notes.append(GUIDED)
+            learned, values = LEARNED[_of_preferences(value)]
+            notes.append(GUIDED.replace("LEARNED", learned).replace("VALUES", values))
         if probe is not None:
             card = Probe.from_pretrained(probe).card
             _check(probe, card.policy, fingerprint, "probe")
@@ -186,8 +187,10 @@ def _find_made(folder: Path, config: dict[str, Any], found: Found, trained: bool
     if rounds:
         number = int(rounds[-1].parents[1].name[6:])
         found.parts[VALUE].append(guide_folder(folder, config.get("history", 1), number))
-        found.methods.append("Q#")
-        found.guidance = {"beta": config.get("beta"), "guidance": config.get("guidance") or {}}
+        preferences = _of_preferences(rounds[-1].parent)
+        found.methods.append("IPL" if preferences else "Q#")
+        beta = {} if preferences else {"beta": config.get("beta")}  # IPL's runs have not used theirs
+        found.guidance = {**beta, "guidance": config.get("guidance") or {}}
     if (folder / PROBE / "config.json").is_file():
         found.parts[PROBE].append(folder / PROBE)
         found.methods.append("Q-Probe")
@@ -209,6 +212,10 @@ def _one(folders: Sequence[Path], fingerprint: Any, plural: str) -> Path | None:
             f"source: these are {len(distinct)} {plural}: {', '.join(map(str, distinct.values()))}; name one"
         )
     return next(iter(distinct.values()), None)
+
+
+def _of_preferences(value: Path) -> bool:
+    return bool(json.loads((value / "config.json").read_text(encoding="utf-8")).get("preferences"))
 
 
 def _adapter_fingerprint(folder: Path) -> str:
@@ -261,8 +268,8 @@ def _filled(note: str, out: Path, probe: Path | None) -> str:
 GUIDED = """\
 ## With guidance
 
-The value model in `value/` tilts every token towards completions that come out right (Q#,
-[arXiv 2502.20548](https://arxiv.org/abs/2502.20548)); `beta` is the KL coefficient, and `beta=float("inf")` the policy alone:
+The value model in `value/` tilts every token towards completions that LEARNED;
+`beta` is the KL coefficient, and `beta=float("inf")` the policy alone:
 
 ```python
 import posttrain
@@ -274,7 +281,7 @@ ids = guided.generate(inputs["input_ids"], inputs["attention_mask"], max_new_tok
 answer = guided.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 ```
 
-The value model itself is a transformers model, whose forward gives value logits of every prefix:
+The value model itself is a transformers model, whose forward gives VALUES:
 
 ```python
 import posttrain.models.value  # tells transformers of its class
@@ -282,6 +289,17 @@ from transformers import AutoModel
 
 value = AutoModel.from_pretrained("FOLDER/value")
 ```"""
+
+LEARNED = {  # from preferences?
+    False: (
+        "come out right (Q#,\n[arXiv 2502.20548](https://arxiv.org/abs/2502.20548))",
+        "value logits of every prefix",
+    ),
+    True: (
+        "are preferred (IPL,\n[arXiv 2305.15363](https://arxiv.org/abs/2305.15363)), by values in nats of a preference",
+        "Q of every token and V before it",
+    ),
+}
 
 PROBED = """\
 ## Choosing one of several samples

@@ -130,6 +130,8 @@ def stages_of(config: PipelineConfig) -> list[Stage]:
             raise UserError(f"{here}.{taken}: is the same for all stages; give it once, outside of them")
         try:
             built: Any = build(METHODS[method][1], {**shared, **own, "out": str(Path(config.out) / name)})
+            if method == "qsharp":
+                qsharp.check_measured(built)
         except UserError as error:
             field = str(error).partition(":")[0]
             raise (error if field in shared else UserError(f"{here}.{error}")) from None

@@ -117,6 +117,8 @@ class QSharpConfig:
             raise UserError(
                 f"history: value.head is {self.value.head}, and only shared heads can be averaged; leave history out"
             )
+        if self.rounds > 1 and self.value.loss == "ipl":
+            raise UserError("rounds: must be 1 with value.loss ipl: what was rolled in differs, and makes no pairs")
         for beta in (self.beta, *self.sweep):
             if not LEAST_BETA <= beta < math.inf:
                 raise UserError(f"beta: must be at least {LEAST_BETA:g} and finite, got {beta}")
@@ -170,6 +172,15 @@ class QSharpRun:
         }
 
 
+def check_measured(config: QSharpConfig) -> None:
+    """Errors: UserError for a value model that an evaluation, and so a whole run, cannot measure."""
+    if config.value.loss == "ipl":
+        raise UserError(
+            "value.loss: a whole run measures the law of the return; with ipl collect and train alone (posttrain qsharp "
+            "--stage collect, --stage train), and measure by posttrain eval --guide"
+        )
+
+
 def run(
     config: QSharpConfig,
     stage: Stage | None = None,
@@ -185,6 +196,8 @@ def run(
     """
     if number is not None and not 1 <= number <= config.rounds:
         raise UserError(f"round: must be between 1 and the configuration's rounds, {config.rounds}, got {number}")
+    if stage in (None, "evaluate"):
+        check_measured(config)
     work = Work(config, say, tables_in)
     for each in range(1, config.rounds + 1) if number is None else (number,):
         if stage in (None, "collect"):
@@ -319,7 +332,8 @@ class Work:
         made = train_value(self.policy, tables, self.config.value, folder, self.config.seed, self.ranks)
         if new:
             shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in made["metrics"].items())
-            self.say(f"round {number}: on held-out prompts, per token: {shown}")
+            counted = "pairs" if self.config.value.loss == "ipl" else "prompts, per token"
+            self.say(f"round {number}: on held-out {counted}: {shown}")
         return made
 
     def evaluate(self) -> QSharpRun:

@@ -284,13 +284,14 @@ def _qsharp(config: Any, launch: Launch, machine: Machine) -> Stages:
     body = base.cut(settings.layers or base.layers)
     policy = {"policy": width * model.parameters}
     value = _value(config)
+    times = 2 if settings.loss == "ipl" else 1  # a pair is two rows, and of each the head is asked for Q and for V
+    rows = times * settings.batch_size
     if shared:
-        # States and embeddings as the head reads them, and its hidden layer.
-        acts = settings.batch_size * time * FLOAT32 * (2 * model.hidden + 4 * 256) + memory.forward(
-            model, settings.batch_size * time, width
-        )
+        # Embeddings and states as the head reads them, and its hidden layer.
+        head = model.hidden + times * (model.hidden + 4 * 256)
+        acts = rows * time * FLOAT32 * head + memory.forward(model, rows * time, width)
     else:
-        batch = Batch(settings.batch_size, time, config.max_tokens, settings.gradient_checkpointing, settings.packing)
+        batch = Batch(rows, time, config.max_tokens, settings.gradient_checkpointing, settings.packing)
         state = memory.state(value, precision, launch)
         acts = memory.backward((value,), batch, precision, 0, state["gradients"], False)
     state = memory.state(value, precision, launch)

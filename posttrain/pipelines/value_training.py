@@ -26,7 +26,8 @@ METRICS = (
     "auc",
     "calibration_error",
     "explained_variance",
-)  # without those that held-out prompts leave undefined
+    "pairs_right",
+)  # those of its loss, without those that held-out prompts leave undefined
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,11 @@ class ValueTraining:
     learning_rate: float = field(default=2e-5, metadata={"help": "of the backbone, AdamW"})
     head_learning_rate: float | None = field(default=None, metadata={"help": "of the head; default: learning_rate"})
     epochs: float = field(default=5.0, metadata={"help": "passes over the completions"})
-    batch_size: int = field(default=32, metadata={"help": "completions per step and device"})
+    batch_size: int = field(default=32, metadata={"help": "completions, or pairs of ipl, per step and device"})
     weight_decay: float = field(default=0.01, metadata={"help": "of AdamW"})
+    loss: Literal["likelihood", "ipl"] = field(
+        default="likelihood", metadata={"help": "likelihood of the return; ipl: right preferred to wrong completions"}
+    )
     reduction: Literal["row", "token"] = field(
         default="row", metadata={"help": "mean of each completion first, or over all tokens"}
     )
@@ -71,6 +75,17 @@ class ValueTraining:
                 raise UserError(f"{name}: a shared head has no backbone of its own; leave it out, or take head v or q")
         if self.head == "shared" and self.gradient_checkpointing:
             raise UserError("gradient_checkpointing: a shared head has no backbone of its own; leave it out")
+        if self.loss == "ipl":
+            if self.head == "v":
+                raise UserError(
+                    "head: must be q or shared with loss ipl: a v head has no V beside its values of tokens"
+                )
+            if self.atoms is not None:
+                raise UserError("atoms: are of returns, and loss ipl learns from preferences; leave it out")
+            if self.reduction != "row":
+                raise UserError("reduction: must be row with loss ipl, whose penalty counts completions alike")
+            if not self.drop_unanimous:
+                raise UserError("drop_unanimous: must be true with loss ipl: completions that all agree make no pairs")
         if self.atoms is not None and not (
             len(self.atoms) > 1 and all(a < b for a, b in itertools.pairwise(self.atoms))
         ):
@@ -104,13 +119,16 @@ def _train(
     if config.base:
         with within("value."):
             base = [base_fingerprint(config.base)]
+    settings = plain(config)
+    if config.loss == "likelihood":  # named as before there was this choice: trainings go on
+        del settings["loss"]
     key = hash_json(
         [
             [table.manifest["shards"] for table in tables],
             policy.fingerprint,
             str(policy.model.dtype),
             seed,
-            plain(config),
+            settings,
             *base,
         ]
     )
@@ -124,17 +142,20 @@ def _train(
     from peft import LoraConfig  # with the trainer below, seconds of import
 
     from posttrain.trainers.follow import follow
+    from posttrain.trainers.ipl import IPLTrainer
     from posttrain.trainers.value import ValueConfig, ValueTrainer, defined
-    from posttrain.trainers.value_examples import examples_of, split_by_prompt
+    from posttrain.trainers.value_examples import examples_of, pairs_of, split_by_prompt
 
     started = time.perf_counter()
+    atoms, preferences = list(config.atoms) if config.atoms else None, config.loss == "ipl"
     examples = examples_of(tables, config.drop_unanimous)
-    atoms = list(config.atoms) if config.atoms else None
     with within("value."):
         train, held_out = split_by_prompt(examples, config.eval_fraction, seed)
-        value = new_value_model(policy, config.head, config.base, config.layers, atoms, config.zero_init, seed=seed)
+        value = new_value_model(
+            policy, config.head, config.base, config.layers, atoms, config.zero_init, seed=seed, preferences=preferences
+        )
     scratch = folder.with_name(f"{folder.name}-checkpoints-{hash_json([key, *ranks.launch])[:12]}")
-    trainer = ValueTrainer(
+    trainer = (IPLTrainer if preferences else ValueTrainer)(
         value,
         ValueConfig(
             output_dir=str(scratch),
@@ -153,8 +174,8 @@ def _train(
             disable_tqdm=True,
             seed=seed,
         ),
-        train,
-        held_out,
+        pairs_of(train) if preferences else train,
+        pairs_of(held_out) if preferences else held_out,
         trunk=policy.model if config.head == "shared" else None,
         peft_config=LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear")
         if config.lora_rank
@@ -171,7 +192,7 @@ def _train(
         "config": plain(config),
         "seed": seed,
         "completions": {"train": len(train), "held_out": len(held_out)},
-        "metrics": defined({name: metrics[name] for name in METRICS}),
+        "metrics": defined({name: metrics[name] for name in METRICS if name in metrics}),
         "by_position": [defined(entry) for entry in trainer.by_position],
         "seconds": time.perf_counter() - started,
         "processes": trainer.args.world_size,

@@ -105,7 +105,8 @@ class ValueTrainer(Trainer):
         if args.gradient_checkpointing and model.backbone is None:
             raise UserError("gradient_checkpointing: a shared head has nothing to compute again; leave it out")
         for examples in (train_dataset, eval_dataset or ()):
-            if model.config.atoms is None and any(not 0 <= example["return_"] <= 1 for example in examples):
+            bernoulli = model.config.atoms is None and not model.config.preferences
+            if bernoulli and any(not 0 <= example["return_"] <= 1 for example in examples):
                 raise UserError("reward: returns must be within [0, 1] without atoms; give atoms that span them")
         if peft_config is not None:
             if model.backbone is None:
@@ -161,7 +162,7 @@ class ValueTrainer(Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Tensor | None = None
     ) -> Any:
         logits = self._logits(model, inputs)
-        loss = self._loss(logits, inputs["returns"], inputs["mask"], num_items_in_batch)
+        loss = self._loss(logits, inputs, num_items_in_batch)
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over ranks
         return (loss, logits) if return_outputs else loss
@@ -173,7 +174,7 @@ class ValueTrainer(Trainer):
         with torch.no_grad():
             logits = self._logits(model, inputs)
             returns, mask = inputs["returns"], inputs["mask"]
-            loss = self._loss(logits, returns, mask, None)
+            loss = self._loss(logits, inputs, None)
             atoms = self._atoms(logits)
             losses = negative_log_likelihood(logits.float(), returns.unsqueeze(-1).expand(mask.shape), atoms)
             expected = expected_return(logits, atoms)
@@ -185,8 +186,8 @@ class ValueTrainer(Trainer):
         logits = model(**forward, trunk=self.trunk).float()
         return unpack(logits, inputs["lengths"]) if "lengths" in inputs else logits
 
-    def _loss(self, logits: Tensor, returns: Tensor, mask: Tensor, denominator: Tensor | None) -> Tensor:
-        atoms = self._atoms(logits)
+    def _loss(self, logits: Tensor, inputs: dict[str, Any], denominator: Tensor | None) -> Tensor:
+        returns, mask, atoms = inputs["returns"], inputs["mask"], self._atoms(logits)
         if atoms is None:
             return bernoulli_loss(logits, returns, mask, self.args.reduction, denominator)
         return categorical_loss(logits, returns, atoms, mask, self.args.reduction, denominator)

@@ -24,6 +24,12 @@ class Example(TypedDict):
     prompt_id: str
 
 
+class Pair(Example):
+    """A completion that is preferred to `rejected`, another of the same prefix."""
+
+    rejected: Example
+
+
 def examples_of(tables: Sequence[RolloutTable], drop_unanimous: bool = True) -> list[Example]:
     """Every completion of the tables; of a row that was rolled in, the tokens from its cut on are labelled.
 
@@ -90,6 +96,34 @@ def split_by_prompt(examples: Sequence[Example], fraction: float, seed: int = 0)
         [example for example in examples if example["prompt_id"] not in held_out],
         [example for example in examples if example["prompt_id"] in held_out],
     )
+
+
+def pairs_of(examples: Sequence[Example]) -> list[Pair]:
+    """Of every prefix (a prompt, or what was rolled in) the completions above its mean return, paired with those below: each
+    at least once, those of the smaller side in turn.
+
+    Errors: UserError naming `reward` where no prefix has both.
+    """
+    groups: dict[tuple[int, ...], list[Example]] = {}
+    for example in examples:
+        groups.setdefault(tuple(example["input_ids"][: example["first"]]), []).append(example)
+    pairs: list[Pair] = []
+    for group in groups.values():
+        mean = sum(example["return_"] for example in group) / len(group)
+        above = [example for example in group if example["return_"] > mean]
+        below = [example for example in group if example["return_"] < mean]
+        count = max(len(above), len(below)) if above and below else 0
+        pairs += [{**above[i % len(above)], "rejected": below[i % len(below)]} for i in range(count)]
+    if not pairs:
+        raise UserError(
+            "reward: no prompt has completions with different rewards to make pairs of; sample more of each"
+        )
+    return pairs
+
+
+def collate_pairs(pairs: Sequence[Pair], packed: bool = False) -> dict[str, Tensor]:
+    """As `collate`, of twice as many rows: those that are preferred, then the others in the same order."""
+    return collate([*pairs, *(pair["rejected"] for pair in pairs)], packed)
 
 
 def collate(examples: Sequence[Example], packed: bool = False) -> dict[str, Tensor]:

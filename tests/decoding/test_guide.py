@@ -65,11 +65,14 @@ def naive(policy, value, guidance, request):
         law_scores, step_kl = scores, torch.zeros(1)
         if request.beta is not None:
             candidates = Candidates.of(scores, guidance)
-            logits = [
-                value(torch.tensor([[*prefix, candidate]]), trunk=policy.get_decoder())[0, -1]
-                for candidate in candidates.ids[0].tolist()
-            ]
-            tilt = value.log_tilt(torch.stack(logits), request.beta, guidance.law)[None]
+            logits = torch.stack(
+                [
+                    value(torch.tensor([[*prefix, candidate]]), trunk=policy.get_decoder())[0, -1]
+                    for candidate in candidates.ids[0].tolist()
+                ]
+            )
+            logits = logits[..., 0] if value.config.preferences else logits  # V stands beside Q
+            tilt = value.log_tilt(logits, request.beta, guidance.law)[None]
             if int(candidates.valid.sum()) == 1:
                 tilt = torch.zeros_like(tilt)
             steps.append((candidates.ids[candidates.valid].tolist(), tilt[candidates.valid]))
@@ -105,6 +108,19 @@ def check(policy, value, guidance, asked, slots=5):
 
 
 BETAS = (0.1, None, 1.0, float("inf"), 0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["q", "shared"])
+def test_values_of_preferences_tilt_by_q_over_beta(head):
+    policy, value = build_model("llama"), value_model(head)
+    value.config.preferences = True
+    logits, beta = torch.tensor([[-3.0, 0.0, 40.0]]), torch.tensor([[0.5]])
+    assert value.log_tilt(logits, beta).tolist() == value.log_tilt(logits, beta, "cd").tolist() == [[-6.0, 0.0, 80.0]]
+    assert value.expected(logits) is logits
+    check(policy, value, Guidance(candidates=6), requests(8, (1.0, None, 2.0, float("inf"))))  # Q has no bounds
+    with pytest.raises(UserError, match="outside: must be mask with values of preferences"):
+        ValueGuide(value, policy, "a fingerprint", Guidance(outside="zero_tilt"))
 
 
 @pytest.mark.slow

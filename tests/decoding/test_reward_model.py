@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from posttrain.decoding.reward_model import token_values, value_scores
+from posttrain.objectives.ipl import implied_rewards
 from tests.decoding.test_guide import ATOMS, value_model
 from tests.small_models import build_model
 
@@ -41,6 +42,22 @@ def test_the_last_token_has_a_say():
     policy, value = build_model("llama"), value_model("v")
     one, other = value_scores(value, [((5, 9), (33, 7)), ((5, 9), (33, 8))], policy)
     assert abs(one - other) > 1e-4
+
+
+@pytest.mark.parametrize("head", ["q", "shared"])
+def test_of_preferences_a_score_is_the_sum_of_implied_rewards(head):
+    """Q of every token less V of the state it leads to, which after the last one is 0; all less V of the prompt."""
+    policy, value, asked = build_model("llama"), value_model(head), rows(5)
+    value.config.preferences = True
+    found = value_scores(value, asked, policy, batch_tokens=100)
+    for score, after, (prompt, completion) in zip(found, token_values(value, asked, policy), asked, strict=True):
+        with torch.inference_mode():
+            q, v = value(torch.tensor([[*prompt, *completion]]), trunk=policy.get_decoder())[:, len(prompt) :].unbind(
+                -1
+            )
+        rewards = implied_rewards(q, v, torch.ones_like(q, dtype=torch.bool))
+        torch.testing.assert_close(score, rewards.sum() - v[0, 0], atol=1e-4, rtol=1e-5)
+        assert len(after) == len(completion) and after[-1] == pytest.approx(score.item(), abs=1e-4)
 
 
 def test_no_completion_has_no_score():

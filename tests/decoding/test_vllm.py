@@ -347,6 +347,9 @@ def test_what_vllm_cannot_guide_is_refused(policy, q, tmp_path):
         UserError, match=r"guide: .* V-type head.*--head q or --head shared, or use --engine transformers"
     ):
         load_vllm_guide(tmp_path / "v", policy)
+    new_value_model(policy, "q", preferences=True).save_pretrained(tmp_path / "ipl")
+    with pytest.raises(UserError, match=r"guide: .* learned from preferences.* use --engine transformers"):
+        load_vllm_guide(tmp_path / "ipl", policy)
     with pytest.raises(UserError, match=r"guide: .* was trained for the policy"):
         load_vllm_guide(other_reference(policy, tmp_path / "q"), policy)
     with pytest.raises(UserError, match=r"outside: must be mask in vLLM"):

@@ -126,6 +126,20 @@ def test_a_stage_of_a_pipeline_and_the_whole_of_it(runs, tmp_path):
             (runs / run / "stage.json").unlink()
 
 
+def test_a_value_model_of_preferences_is_not_called_one_of_returns(runs, tmp_path):
+    """Nor is the default beta of a run, which only returns are measured with, taken for its own."""
+    value = tmp_path / "run" / "round-1" / "value"
+    new_value_model(load_model("tiny", "cpu", "float32"), "q", layers=1, preferences=True).save_pretrained(value)
+    shutil.copyfile(runs / "guided" / "round-2" / "value" / "made_by.json", value / "made_by.json")
+    shutil.copyfile(runs / "guided" / "config.yaml", tmp_path / "run" / "config.yaml")
+    export([str(tmp_path / "run")], tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "trained by IPL" in text and "towards completions that are preferred (IPL," in text
+    assert "Q#" not in text and "come out right" not in text and "Q of every token and V before it" in text
+    made = json.loads((tmp_path / "out" / "posttrain.json").read_text())
+    assert "beta" not in made and made["guidance"] == {"candidates": 7}
+
+
 def test_where_rounds_are_averaged_their_mean_is_what_guides(runs, tmp_path):
     shutil.copytree(runs / "guided", tmp_path / "run")
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump({"model": "tiny", "history": 2}))

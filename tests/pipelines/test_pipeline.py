@@ -239,6 +239,10 @@ def test_online_stages_alone_need_no_table_of_completions(tmp_path):
             {"stages": [{"method": "qsharp", "value": {"head": "w"}}]},
             "stages[0].value.head: must be one of v, q, shared, got 'w'",
         ),
+        (
+            {"stages": [{"method": "qsharp", "rounds": 1, "value": {"head": "q", "loss": "ipl"}}]},
+            "stages[0].value.loss: a whole run measures the law of the return",
+        ),
         ({"trian_prompts": 3}, "trian_prompts: unknown field (did you mean train_prompts?)"),
         ({"train_prompts": 1}, "train_prompts: must be at least 2, got 1"),
         ({"test_split": "train"}, "test_split: train is the training split too"),

@@ -104,6 +104,16 @@ def test_the_beta_of_cd_is_looked_for_anew_where_it_is_that_of_something_else(fi
         said.clear()
 
 
+@pytest.mark.parametrize("stage", [None, "evaluate"])
+def test_values_of_preferences_are_not_measured_as_returns(tmp_path, stage):
+    values = {"out": str(tmp_path / "run"), "value": replace(SMALL.value, loss="ipl")}
+    with pytest.raises(UserError, match=r"^rounds: must be 1 with value\.loss ipl"):
+        replace(SMALL, **values)
+    with pytest.raises(UserError, match=r"^value\.loss: .*--stage train.* posttrain eval --guide"):
+        run(replace(SMALL, rounds=1, **values), stage, say=lambda _: None)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_stage_alone_says_what_it_lacks(tmp_path):
     config = replace(SMALL, out=str(tmp_path / "run"))
     with pytest.raises(UserError, match=r"stage: round 1 is not collected.*\(--stage collect --round 1\)"):

@@ -60,6 +60,20 @@ def test_a_long_batch_is_halved():
     assert "value.batch_size: 16" in {knob.change for knob in knobs(recipe, Machine(1, int(50e9)))}
 
 
+def test_a_batch_of_pairs_has_twice_as_many_rows():
+    """Of a shared head, which is all that learns, each is read for Q and for V as well."""
+    from dataclasses import replace
+
+    def activations(head, loss, size):
+        recipe = read("qsharp/arithmetic")
+        value = replace(recipe.config.value, head=head, layers=None, loss=loss, batch_size=size)
+        recipe = replace(recipe, config=replace(recipe.config, rounds=1, value=value))
+        return reckon(recipe, Machine(1, int(80e9)))["training"]["activations"]
+
+    assert activations("q", "ipl", 8) == activations("q", "likelihood", 16) > activations("q", "likelihood", 8)
+    assert activations("shared", "ipl", 8) > activations("shared", "likelihood", 16)
+
+
 def test_two_changes_where_one_is_not_enough():
     from dataclasses import replace
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from posttrain.decoding.guide import load_guide
 from posttrain.errors import UserError
+from posttrain.evaluation.intervals import paired_comparison
 from posttrain.models.load import TINY, load_model
 from posttrain.pipelines.rollout import RolloutConfig, rollout
 from posttrain.pipelines.value_training import ValueTraining, train_value
@@ -56,6 +57,51 @@ def test_histograms_and_adapters_become_guides(policy, table, tmp_path, changes)
     engine = TransformersEngine(policy.model, policy.tokenizer, fingerprint=policy.fingerprint, guide=guide)
     (done,) = engine.generate([Request(0, prompt, Sampling(max_tokens=24), beta=0.1)])
     assert 0 < done.kl < float("inf")
+
+
+@pytest.mark.slow
+def test_preferences_become_a_guide(policy, table, tmp_path):
+    made = train_value(policy, [table], replace(CONFIG, head="q", loss="ipl"), tmp_path / "value")
+    assert made["metrics"].keys() == {"loss", "pairs_right"} and made["by_position"] == []
+    guide = load_guide(tmp_path / "value", policy)
+    assert guide.value.config.preferences
+    prompt = tuple(table.column("prompt_ids")[0])
+    engine = TransformersEngine(policy.model, policy.tokenizer, fingerprint=policy.fingerprint, guide=guide)
+    (done,) = engine.generate([Request(0, prompt, Sampling(max_tokens=24), beta=0.1)])
+    assert 0 < done.kl < float("inf")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_preferences_raise_accuracy(policy, tmp_path, seed):
+    """Of a guide that knows which of two completions is right: 150 test problems, two samples each."""
+
+    def sampled(split, samples, beta=None, guide=None):
+        sampling = Sampling(max_tokens=192, seed=seed)
+        plan = RolloutConfig("arithmetic", split, 150, samples=samples, sampling=sampling, beta=beta)
+        return rollout(policy, plan, plan.rows(), tmp_path / f"{split}-{beta}", False, lambda _: None, guide)
+
+    config = ValueTraining(
+        head="q", loss="ipl", layers=2, learning_rate=2e-4, head_learning_rate=6e-4, epochs=2, batch_size=16
+    )
+    made = train_value(policy, [sampled("train", 8)], config, tmp_path / "value", seed)
+    tables = sampled("test", 2, 0.1, load_guide(tmp_path / "value", policy)), sampled("test", 2)
+    gain = paired_comparison(*([sum(row) / 2 for row in table.rectangle("correct")] for table in tables))
+    assert made["metrics"]["pairs_right"] > 0.7 and gain.low > 0.2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "head: must be q or shared with loss ipl"),
+        ({"head": "q", "atoms": (0.0, 1.0)}, "atoms: are of returns, and loss ipl learns from preferences"),
+        ({"head": "q", "reduction": "token"}, "reduction: must be row with loss ipl"),
+        ({"head": "q", "drop_unanimous": False}, "drop_unanimous: must be true with loss ipl"),
+    ],
+)
+def test_what_preferences_have_no_use_for_is_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        ValueTraining(loss="ipl", **changes)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from posttrain.errors import UserError
 from posttrain.models.value import ValueModel, ValueModelConfig
 from posttrain.objectives.qsharp import bernoulli_loss, categorical_loss, squared_loss
 from posttrain.rollouts.table import read_table, write_manifest, write_shard
-from posttrain.trainers.value_examples import collate, examples_of, split_by_prompt, unpack
+from posttrain.trainers.value_examples import collate, collate_pairs, examples_of, pairs_of, split_by_prompt, unpack
 from tests.small_models import build_model
 
 
@@ -178,6 +178,30 @@ def test_the_split_is_the_seeds_alone():
 def test_neither_side_may_be_empty(prompts, fraction):
     with pytest.raises(UserError, match=f"eval_fraction: {fraction} of {prompts} prompts"):
         split_by_prompt(examples(prompts), fraction)
+
+
+# -- pairs
+
+
+def completion(state, token, return_):
+    return {"input_ids": [1, state, token], "first": 2, "return_": return_, "prompt_id": "p"}
+
+
+def test_right_is_paired_with_wrong_after_the_same_prefix():
+    """Every completion above its prefix's mean, and every one below; one that is at it tells nothing."""
+    returns = {2: (1.0, 0.0, 1.0, 1.0), 3: (0.0, 0.0), 4: (1.0,), 5: (-1.0, 0.5, 2.0, 0.5, 0.5)}
+    every = [completion(state, 10 + i, value) for state, values in returns.items() for i, value in enumerate(values)]
+    batch = collate_pairs(pairs_of(every))
+    chosen, rejected = batch["input_ids"].chunk(2)
+    assert chosen.tolist() == [[1, 2, 10], [1, 2, 12], [1, 2, 13], [1, 5, 12]]
+    assert rejected.tolist() == [[1, 2, 11], [1, 2, 11], [1, 2, 11], [1, 5, 10]]
+    assert batch["returns"].tolist() == [1, 1, 1, 2, 0, 0, 0, -1]
+
+
+def test_no_pair_is_said():
+    """Right and wrong, but not of the same prefix."""
+    with pytest.raises(UserError, match=r"^reward: no prompt has completions with different rewards to make pairs of"):
+        pairs_of([completion(2, 3, 1.0), completion(2, 4, 1.0), completion(3, 5, 0.0)])
 
 
 # -- batches
