@@ -149,7 +149,7 @@ def _measure(words: list[str], given: dict[str, Any]) -> None:
         raise UserError("until: a sweep over several betas runs whole; leave it out")
     if given.get("engine") in ("vllm", "ray"):
         check_for_vllm(given["engine"], **{name: given.get(name) for name in ("device", "threads", "dtype")})
-    if given.get("engine") in ("vllm", "service", "ray") and len(betas) > 1:
+    if given.get("engine", "transformers") != "transformers" and len(betas) > 1:
         raise UserError(
             f"--beta: one with --engine {given['engine']}; a sweep over several is the transformers engine's"
         )
@@ -171,7 +171,7 @@ def _measure(words: list[str], given: dict[str, Any]) -> None:
         if until == "report":
             _show(out)
         return
-    if given.get("engine") in ("vllm", "service", "ray"):
+    if given.get("engine", "transformers") != "transformers":
         policy = load_tokenizer(given["model"])
         any_reference = given.get("any_reference", False)
         served = load_vllm_guide(given["guide"], policy, Guidance(lazy=lazy), any_reference) if betas else None

@@ -48,7 +48,7 @@ class ValueTraining:
     batch_size: int = field(default=32, metadata={"help": "completions, or pairs of ipl, per step and device"})
     weight_decay: float = field(default=0.01, metadata={"help": "of AdamW"})
     loss: Literal["likelihood", "ipl"] = field(
-        default="likelihood", metadata={"help": "likelihood of the return; ipl: right preferred to wrong completions"}
+        default="likelihood", metadata={"help": "likelihood of the return; ipl: better preferred to worse completions"}
     )
     reduction: Literal["row", "token"] = field(
         default="row", metadata={"help": "mean of each completion first, or over all tokens"}

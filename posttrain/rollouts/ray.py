@@ -1,4 +1,4 @@
-"""The engine on a Ray cluster: one of vLLM's on every GPU of every machine, or, without GPUs, one on every machine.
+"""The engine on a Ray cluster: one of vLLM's on every free GPU of every machine, or, without GPUs, one on every machine.
 
 Completions are what `VLLMEngine` gives, log-probabilities and guidance included, which Ray Data's own processor of batches does
 not tell; and that one wants another version of vLLM.

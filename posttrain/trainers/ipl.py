@@ -1,4 +1,4 @@
-"""Trains a value model on preferences instead of returns (objectives/ipl.py): otherwise as any value model is trained."""
+"""IPL (arXiv 2305.15363): trains a value model on preferences instead of returns (objectives/ipl.py), otherwise as any is trained."""
 
 from functools import partial
 from typing import Any

@@ -1,5 +1,7 @@
 """The trainer of preferences on the embedded model, with pairs made by hand."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from posttrain.models.value import load_value_model, new_value_model
 from posttrain.objectives.ipl import expectile_loss, implied_rewards, preference_loss, reward_penalty
 from posttrain.trainers.ipl import IPLTrainer
 from posttrain.trainers.value_examples import collate_pairs
-from tests.trainers.test_value import assert_close, config, examples, losses_of, weights_of
+from tests.trainers.test_value import add_up, assert_close, config, examples, losses_of, weights_of
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +56,7 @@ def test_the_first_loss_is_the_objective(policy, tmp_path, head):
 
 @pytest.mark.slow
 def test_micro_batches_add_up_to_the_batch(policy, tmp_path):
-    common = {"optim": "sgd", "learning_rate": 1e-2}
-    whole = trainer_of(policy, tmp_path, **common)
-    parts = trainer_of(policy, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4, **common)
-    start = weights_of(whole)
-    whole.train(), parts.train()
-    assert_close(weights_of(parts), weights_of(whole), 1e-6)
-    assert losses_of(parts) == pytest.approx(losses_of(whole), abs=1e-5)
-    assert max(float((weight - start[name]).abs().max()) for name, weight in weights_of(whole).items()) > 1e-4
+    add_up(partial(trainer_of, policy, tmp_path, optim="sgd", learning_rate=1e-2))
 
 
 @pytest.mark.slow

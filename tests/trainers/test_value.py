@@ -1,6 +1,7 @@
 """The value trainer on the embedded model, with examples made by hand."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -87,6 +88,17 @@ def assert_close(found, expected, atol):
 # -- the loss
 
 
+def add_up(make):
+    """Micro-batches of the trainer that `make` makes are worth the batch: the same weights, other than at the start."""
+    whole = make()
+    parts = make(per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    start = weights_of(whole)
+    whole.train(), parts.train()
+    assert_close(weights_of(parts), weights_of(whole), 1e-6)
+    assert losses_of(parts) == pytest.approx(losses_of(whole), abs=1e-5)
+    assert max(float((weight - start[name]).abs().max()) for name, weight in weights_of(whole).items()) > 1e-4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["row", "token"])
 @pytest.mark.parametrize("atoms", [None, ATOMS])
@@ -111,13 +123,7 @@ def test_the_first_loss_is_the_objective(policy, tmp_path, head, atoms, reductio
 def test_micro_batches_add_up_to_the_batch(policy, tmp_path, optimiser, reduction):
     """Rows of unequal length: a mean of the micro-batches' means would be another loss."""
     common = {"reduction": reduction, "optim": optimiser, "adam_epsilon": 1e-3}
-    whole = trainer_of(policy, tmp_path, **common)
-    parts = trainer_of(policy, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4, **common)
-    start = weights_of(whole)
-    whole.train(), parts.train()
-    assert_close(weights_of(parts), weights_of(whole), 1e-6)
-    assert losses_of(parts) == pytest.approx(losses_of(whole), abs=1e-5)
-    assert max(float((weight - start[name]).abs().max()) for name, weight in weights_of(whole).items()) > 1e-4
+    add_up(partial(trainer_of, policy, tmp_path, **common))
 
 
 @pytest.mark.slow
