@@ -56,9 +56,7 @@ from posttrain.rollouts.transformers import TransformersEngine
 Stage = Literal["collect", "train", "evaluate"]
 Law = Literal["qsharp", "cd"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
-MATCHING_PROMPTS = (
-    64  # training prompts on which the beta is found at which CD has the KL of Q#; at most as many as of the test
-)
+MATCHING_PROMPTS = 64  # at most, and no more than of the test: training prompts on which CD's beta is found
 DEFINED = (
     *("pass@1", "maj@k", "pass@k", "Q#", "CD", "reward model", "best-of-k", "weighted majority"),
     *("KL", "tokens", "seconds", "interval"),
