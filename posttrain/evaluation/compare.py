@@ -69,6 +69,8 @@ def _compare(ours: Result, theirs: Result) -> dict[str, Any]:
 
 
 def _ratio(run: Array, baseline: Array) -> dict[str, float | None]:
+    if not (run.any() and baseline.any()):  # an endpoint may count no token
+        return dict.fromkeys(("ratio", "ratio_low", "ratio_high"))
     ratio, low, high = paired_ratio(run, baseline)
     return {"ratio": ratio, "ratio_low": low, "ratio_high": finite(high)}
 

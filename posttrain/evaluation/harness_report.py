@@ -204,7 +204,7 @@ def compared(comparison: dict[str, Any]) -> list[tuple[str, ...]]:
             signed_interval(found["low"], found["high"]),
             f"{found['p_value']:.2g}",
             f"{100 * found['detectable']:.1f}" if found["detectable"] is not None else "-",
-            f"{entry['tokens']['ratio']:.3f}",
+            f"{entry['tokens']['ratio']:.3f}" if entry["tokens"]["ratio"] is not None else "-",
             f"{entry['tokens']['ratio_low']:.3f} to {entry['tokens']['ratio_high']:.3f}"
             if entry["tokens"]["ratio_high"] is not None
             else "-",

@@ -170,8 +170,8 @@ def paired_comparison(run: ArrayLike, baseline: ArrayLike, level: float = 0.95, 
 
 
 def paired_ratio(run: ArrayLike, baseline: ArrayLike, level: float = 0.95, seed: int = 0) -> tuple[float, float, float]:
-    """(ratio, low, high): the mean of the run / that of the baseline, of positive per-problem values [prompts] on the same
-    problems in the same order.
+    """(ratio, low, high): the mean of the run / that of the baseline, of per-problem values [prompts], none negative and not all
+    0, on the same problems in the same order.
 
     The interval is a percentile bootstrap of 10,000 draws, a problem drawn for both sides at once, its quantiles widened
     as those of `bootstrap_interval`. One problem tells nothing of others: (0, inf).
@@ -180,14 +180,16 @@ def paired_ratio(run: ArrayLike, baseline: ArrayLike, level: float = 0.95, seed:
     if len(ours) != len(theirs):
         raise ValueError(f"baseline: {len(theirs)} problems, run has {len(ours)}; they must be the same problems")
     for name, values in (("run", ours), ("baseline", theirs)):
-        if values.min() <= 0:
-            raise ValueError(f"{name}: must be positive, got {values.min()}")
+        if values.min() < 0 or values.max() == 0:
+            raise ValueError(f"{name}: must not be negative, nor 0 all over, got {values.min()} to {values.max()}")
     ratio = float(ours.mean() / theirs.mean())
     if len(ours) == 1:
         return ratio, 0.0, math.inf
     above, below = _resampled_means(np.column_stack([ours, theirs]), seed).T
     share = NORMAL.cdf(_two_sided(level) * math.sqrt(len(ours) / (len(ours) - 1)))
-    low, high = np.quantile(above / below, [1 - share, share])
+    quotients = np.divide(above, below, out=np.full_like(above, math.inf), where=below > 0)
+    with np.errstate(invalid="ignore"):  # between what is finite and what is not
+        low, high = np.nan_to_num(np.quantile(quotients, [1 - share, share]), nan=math.inf, posinf=math.inf)
     return ratio, float(low), float(high)
 
 

@@ -126,7 +126,8 @@ def inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
     cdf = (probs * RESOLUTION).to(torch.int64).cumsum(dim=-1)
     total = cdf[:, -1]
     target = torch.minimum((uniforms * total).to(torch.int64), total - 1)
-    return torch.searchsorted(cdf, target.unsqueeze(1), right=True).squeeze(1)
+    found = torch.searchsorted(cdf, target.unsqueeze(1), right=True).squeeze(1)
+    return found.clamp(max=probs.shape[-1] - 1)  # of NaNs, whose place the caller's check is to tell
 
 
 def truncate(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:

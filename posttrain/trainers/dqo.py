@@ -7,7 +7,6 @@ and values that a loss holds fixed are those of the same forward, before either 
 import copy
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -15,13 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
+from uuid import uuid4
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import ProgressCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import get_last_checkpoint
@@ -41,6 +41,7 @@ from posttrain.provenance import hash_json, versions, write_json
 from posttrain.trainers.dqo_card import write_dqo_card
 from posttrain.trainers.dqo_examples import Example
 from posttrain.trainers.dqo_metrics import measure
+from posttrain.trainers.resumable import Resumable
 
 ADAPTERS = "adapters.safetensors"  # of a checkpoint: all that is trained, where the rest is frozen
 LAUNCH = "launch.json"  # of a checkpoint: the processes that wrote it
@@ -177,7 +178,7 @@ class DQOProgress(ProgressCallback):
             self.training_bar.set_postfix(shown)
 
 
-class DQOTrainer(Trainer):
+class DQOTrainer(Resumable):
     """train_dataset: completions as `Labelled`, their reference log-probabilities computed by `reference_logprobs`.
 
     peft_config, value_peft_config: LoRA on the policy, and on the value model's backbone, instead of full fine-tuning; compute
@@ -530,7 +531,7 @@ def labelled(
     else:
         flat = torch.cat([torch.tensor(values) for values in reference_logprobs(model, examples, batch_size)])
         cache.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")  # every rank may write it
+        partial = path.with_suffix(f".{uuid4().hex}.partial")  # every rank may write it, of every machine
         save_file({"logprobs": flat}, partial)
         partial.replace(path)
     found: list[Labelled] = []

@@ -23,6 +23,7 @@ from posttrain.errors import UserError, nearest
 from posttrain.objectives import length
 from posttrain.objectives.advantages import group_advantages
 from posttrain.objectives.length import gate, group_gated
+from posttrain.trainers.resumable import Resumable
 from posttrain.trainers.verifiers import Verifier, tolerant
 
 logger = logging.getLogger(__name__)
@@ -162,7 +163,7 @@ class EpochOrder(Sampler):
         return iter(self.sampler)
 
 
-class GRPOLambdaTrainer(GRPOTrainer):
+class GRPOLambdaTrainer(Resumable, GRPOTrainer):
     """As TRL's, except that the correctness reward's column is shaped while training: r * `group_gated` where r > 1/2,
     or r + (what a peer gives - c), c = 1 where r > 1/2.
 
@@ -263,11 +264,6 @@ class GRPOLambdaTrainer(GRPOTrainer):
         alpha = args.alpha if args.length_reward == "group_gated" else float(args.gate_fraction > 0)
         return args.gate_fraction * _ramp(step, args.gate_ramp_steps), alpha * _ramp(step, args.alpha_ramp_steps)
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """From a checkpoint of the last step transformers would take one more."""
-        if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*args, **kwargs)
-
     def _get_train_sampler(self, dataset: Any = None) -> Sampler:
         return EpochOrder(super()._get_train_sampler(dataset), lambda: int(self.state.epoch or 0))
 
@@ -307,7 +303,7 @@ class GRPOLambdaTrainer(GRPOTrainer):
         weights = self.reward_weights.to(shaped.device)
         measured: dict[str, Any] = {
             "accuracy": _mean(right, scored),
-            "reward_unshaped": (unshaped * weights).nansum(-1).mean(),
+            "reward_unshaped": _mean((unshaped * weights).nansum(-1).view_as(right), scored),
             "completions/mean_length_right": _mean(lengths, right),
             "completions/mean_length_wrong": _mean(lengths, wrong),
         }
@@ -325,12 +321,13 @@ class GRPOLambdaTrainer(GRPOTrainer):
 
     def _centred(self, rewards: Tensor, group: int) -> Tensor:
         """What the advantages [prompts, samples] are before their last division, which changes no sign."""
-        weights = self.reward_weights.to(rewards.device)
+        weights, unscored = self.reward_weights.to(rewards.device), rewards.isnan().all(-1)
         if self.multi_objective_aggregation == "sum_then_normalize":
-            return group_advantages((rewards * weights).nansum(-1).view(-1, group), "none")
+            total = (rewards * weights).nansum(-1).masked_fill(unscored, torch.nan)
+            return group_advantages(total.view(-1, group), "none")
         columns = [group_advantages(column.view(-1, group)) for column in rewards.T]
         total = sum(weight * column for weight, column in zip(weights, columns, strict=True))
-        return total - total.mean()
+        return total - total[~unscored.view_as(total)].mean()
 
     def _watch_truncation(self, finished: Tensor) -> None:
         self._cut_off = 0 if finished.any() else self._cut_off + 1

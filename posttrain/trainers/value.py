@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from posttrain.errors import UserError
@@ -24,6 +24,7 @@ from posttrain.objectives.qsharp import (
 )
 from posttrain.provenance import versions, write_json
 from posttrain.trainers.head_dropout import HeadDropout, check_dropout
+from posttrain.trainers.resumable import Resumable
 from posttrain.trainers.value_examples import Example, collate, unpack
 from posttrain.trainers.value_metrics import metrics_by_position, value_metrics
 
@@ -79,7 +80,7 @@ class ValueConfig(TrainingArguments):
         return torch.device("cpu") if found.type == "cpu" else found
 
 
-class ValueTrainer(Trainer):
+class ValueTrainer(Resumable):
     """Fits Z(x, y), the law of the return under the policy whose completions these are (objectives/qsharp.py).
 
     train_dataset, eval_dataset: of `value_examples`. trunk: the policy, for a shared head; it stays frozen.

@@ -98,6 +98,12 @@ def test_the_token_ratio_is_paired_by_problem():
     assert tokens["low"] < tokens["difference"] < tokens["high"] < 0
 
 
+def test_endpoints_may_count_no_tokens():
+    some, none = with_tokens(["=="] * 2, [[0, 0], [5, 7]]), with_tokens(["=="] * 2, [[0, 0], [0, 0]])
+    assert compare(run_of(some), run_of(some))["benchmarks"]["mine"]["tokens"]["ratio"] == 1
+    assert compare(run_of(some), run_of(none))["benchmarks"]["mine"]["tokens"]["ratio"] is None
+
+
 def test_accuracy_within_budgets_is_what_counting_gives():
     rng = np.random.default_rng(0)
     runs = []

@@ -378,8 +378,15 @@ def test_the_interval_of_a_ratio_covers():
     assert 0.91 <= hits / 400 <= 0.98
 
 
+def test_a_ratio_without_tokens_in_some_problems():
+    assert paired_ratio([0.0, 5.0], [3.0, 4.0])[0] == pytest.approx(5 / 7)
+    ratio, low, high = paired_ratio([3.0, 4.0], [0.0, 5.0])  # a draw may have the first problem alone
+    assert ratio == pytest.approx(7 / 5) and 0 < low < ratio and high == float("inf")
+
+
 @pytest.mark.parametrize(
-    ("run", "message"), [([1.0, 2.0, 3.0], "must be the same problems"), ([0.0, 1.0], "^run: must")]
+    ("run", "message"),
+    [([1.0, 2.0, 3.0], "must be the same problems"), ([-1.0, 1.0], "^run: must"), ([0.0, 0.0], "^run: must")],
 )
 def test_what_has_no_ratio_is_refused(run, message):
     with pytest.raises(ValueError, match=message):

@@ -130,6 +130,12 @@ def test_a_uniform_near_one_draws_the_last_token_that_has_weight():
     assert inverse_cdf(probs, torch.tensor([LAST_UNIFORM] * 2, dtype=torch.float64)).tolist() == [2, 3]
 
 
+@pytest.mark.parametrize("width", [5, 13, 29, 61])
+def test_of_nans_some_token_is_drawn(width):
+    found = inverse_cdf(torch.full((1, width), torch.nan), torch.tensor([0.3], dtype=torch.float64))
+    assert 0 <= found.item() < width  # that it is none is for the engine to say
+
+
 def test_a_uniform_of_zero_draws_the_first_token_that_has_weight():
     probs = torch.tensor([[0.0, 0.3, 0.7, 0.0], [0.2, 0.0, 0.8, 0.0]])
     assert inverse_cdf(probs, torch.zeros(2, dtype=torch.float64)).tolist() == [1, 0]

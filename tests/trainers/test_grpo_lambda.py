@@ -198,6 +198,19 @@ def test_what_it_logs(shaped):
         assert finished.float().mean() == pytest.approx(1 - entry["completions/clipped_ratio"])
 
 
+@pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
+def test_the_signs_that_it_counts_are_of_what_was_scored(tmp_path, aggregation):
+    made = trainer(tmp_path, multi_objective_aggregation=aggregation)
+    rewards = torch.tensor([0.96, 0.92, 0.9, torch.nan]).unsqueeze(-1)
+    signs = made._centred(rewards, 4).sign().tolist()
+    assert [row[:3] for row in signs] == [[1, -1, -1]]
+    made.model.train()
+    right = torch.tensor([[True, True, True, False]])
+    made._measure(rewards, rewards, torch.full((1, 4), 9), right, ~right, right[:, 0], 0.2)
+    assert made._metrics["train"]["gate/negative_correct"] == [2]
+    assert made._metrics["train"]["reward_unshaped"] == [pytest.approx((0.96 + 0.92 + 0.9) / 3)]
+
+
 @pytest.mark.slow
 def test_truncated_completions_are_incorrect(tmp_path):
     made = trained(

@@ -273,6 +273,18 @@ def test_a_resumed_run_ends_with_the_same_weights(policy, tmp_path, adapted):
     assert losses_of(resumed) == losses_of(whole)
 
 
+@pytest.mark.slow
+def test_a_run_that_was_killed_after_its_last_step_takes_no_further_one(policy, tmp_path):
+    settings = {"max_steps": -1, "num_train_epochs": 1.5, "per_device_train_batch_size": 4, "save_strategy": "epoch"}
+    whole = trainer_of(policy, tmp_path, **settings)
+    whole.train()
+    assert whole.state.global_step == 6
+    resumed = trainer_of(policy, tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert resumed.state.global_step == 6
+    assert_close(weights_of(resumed), weights_of(whole), 0)
+
+
 # -- learning
 
 
