@@ -64,6 +64,8 @@ RENAMED = {  # our setting -> TRL's
 }
 
 
+# What only TRL's own ways of sampling would heed.
+TRL_SAMPLES = ("min_p", "repetition_penalty", "generation_kwargs", "chat_template_kwargs")
 LOSSES = ("grpo", "dr_grpo", "bnpo", "dapo", "cispo", "luspo", "sapo", "vespo")  # TRL's
 
 
@@ -139,6 +141,7 @@ class GRPOLambdaRunConfig:
     validation_prompts: int = field(default=256, metadata={"help": "how many of its prompts; 0: no guard"})
     validation_samples: int = field(default=4, metadata={"help": "completions per validation prompt"})
     validation_steps: int = field(default=20, metadata={"help": "steps from one look to the next"})
+    test_data: str | None = field(default=None, metadata={"help": "what the policy is measured on; default: data"})
     test_split: str = field(default="test", metadata={"help": "where the policy is measured"})
     test_prompts: int = field(default=500, metadata={"help": "how many of its prompts"})
     test_samples: int = field(default=4, metadata={"help": "completions per test prompt"})
@@ -166,9 +169,13 @@ class GRPOLambdaRunConfig:
             raise UserError(f"arms: must be different ones of {', '.join(ARMS)}, got {list(self.arms)}")
         if "length_reward" in self.training.trl and "plain" not in self.arms:
             raise UserError("training.trl.length_reward: stands in the place of the plain penalty; add plain to arms")
-        for name in ("train_split", "validation_split"):
+        for name in ("train_split", "validation_split") if self.measured_on == self.data else ():
             if getattr(self, name) == self.test_split and (name == "train_split" or self.validation_prompts):
                 raise UserError(f"test_split: {self.test_split} is the {name} too; measure on another one")
+
+    @property
+    def measured_on(self) -> str:
+        return self.test_data or self.data
 
 
 @dataclass(frozen=True)
@@ -208,7 +215,7 @@ def run(
     say = say if ranks.first else _silent
     out = Path(config.out)
     rows, held_out = training_rows(config), validation_rows(config)
-    plan = _plan(config, config.test_split, config.test_prompts)
+    plan = replace(_plan(config, config.test_split, config.test_prompts), data=config.measured_on)
     test_rows = plan.rows()
     check_overlap([*rows, *held_out], test_rows)
     for arm in config.arms:
@@ -407,7 +414,7 @@ def publish(result: GRPOLambdaRun, title: str, lead: str) -> None:
     shown = {arm.title: arm.summary() for name, arm in result.arms.items() if name in ("base", *result.config.arms)}
     for name in result.config.arms:
         own, settings = result.arms[name].title, result.training[name]["settings"]
-        measured: dict[str, Any] = {"data": result.config.data, "figures": shown, "own": own}
+        measured: dict[str, Any] = {"data": result.config.measured_on, "figures": shown, "own": own}
         write_card(out / name, own, result.config.model, tags=["grpo"], settings=settings, **measured)
 
 
@@ -479,6 +486,10 @@ def arguments(config: GRPOLambdaRunConfig, arm: str, folder: Path, use_cpu: bool
         if name not in known:
             told = "is a setting of ours" if name in own else f"no argument of TRL's GRPOConfig{nearest(name, known)}"
             raise UserError(f"training.trl.{name}: {told}")
+        if name in TRL_SAMPLES and _samples_here(config, use_cpu):
+            raise UserError(
+                f"training.trl.{name}: our engine and the service sample by temperature, top_p and top_k alone; leave it out"
+            )
     others = {name: convert(hints[name], value, f"training.trl.{name}") for name, value in settings.trl.items()}
     quiet = {"report_to": "none", "disable_tqdm": True, "logging_steps": 1}
     saving = {"save_strategy": "steps", "save_steps": 20, "save_total_limit": 2}
@@ -494,16 +505,21 @@ def arguments(config: GRPOLambdaRunConfig, arm: str, folder: Path, use_cpu: bool
     return made
 
 
+def _samples_here(config: GRPOLambdaRunConfig, cpu: bool) -> bool:
+    """Whether the service or our engine samples in training, not TRL."""
+    return config.engine == "service" or (cpu and not config.training.trl.get("use_vllm"))
+
+
 @contextmanager
 def _rollouts(config: GRPOLambdaRunConfig, cpu: bool) -> Iterator[Any]:
     """The service, or our engine on CPU; elsewhere, and with vLLM, TRL's own ways."""
-    if config.engine == "service":
+    if not _samples_here(config, cpu):
+        yield None
+    elif config.engine == "service":
         from posttrain.trainers.service_rollouts import ServiceRollouts
 
         with closing(ServiceRollouts(config.urls, config.slots, os.environ.get(KEY))) as service:
             yield service
-    elif not cpu or config.training.trl.get("use_vllm"):
-        yield None
     else:
         from posttrain.trainers.engine_rollouts import engine_rollouts
 

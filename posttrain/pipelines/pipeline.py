@@ -128,6 +128,8 @@ def stages_of(config: PipelineConfig) -> list[Stage]:
         shared = _shared(config, method)
         for taken in own.keys() & {"out", *shared}:
             raise UserError(f"{here}.{taken}: is the same for all stages; give it once, outside of them")
+        if "test_data" in own:
+            raise UserError(f"{here}.test_data: all stages are measured on the same problems; leave it out")
         try:
             built: Any = build(METHODS[method][1], {**shared, **own, "out": str(Path(config.out) / name)})
             if method == "qsharp":

@@ -182,6 +182,11 @@ def test_the_recipes_are_ones(recipe):
             "training.trl.use_vlm: no argument of TRL's GRPOConfig (did you mean use_vllm",
         ),
         ("training: {trl: {max_steps: 3}}", "training.trl.max_steps: is a setting of ours"),
+        ("device: cpu\ntraining: {trl: {min_p: 0.1}}", "training.trl.min_p: our engine and the service sample by"),
+        (
+            "engine: service\nurls: ['http://127.0.0.1:1']\ntraining: {trl: {chat_template_kwargs: {}}}",
+            "training.trl.chat_template_kwargs: our engine and the service sample by",
+        ),
         (
             "training: {trl: {length_reward: kimi}}",
             "training.trl.length_reward: stands in the place of the plain penalty",
@@ -217,6 +222,28 @@ def test_a_warmup_that_is_all_of_the_training_is_said(tmp_path, monkeypatch, war
         run(replace(SMALL, out=str(tmp_path), training=training), say=silent)
     assert sum("training.penalty_warmup_steps: 2 steps" in str(one.message) for one in caught) == warned
     assert grpo_lambda._without_penalty(replace(SMALL, arms=("grpo",), training=training)) is None
+
+
+@pytest.mark.slow
+def test_other_test_data(tmp_path, monkeypatch):
+    """A file has no splits: two files are trained and measured on, and no problem may be in both."""
+    for name, first in (("train", 0), ("test", 5), ("both", 2)):
+        lines = [json.dumps({"problem": f"{n}+1=?", "answer": str(n + 1)}) for n in range(first, first + 4)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    asked = []
+
+    def sampled(_, plan, rows, *__, **___):
+        asked.append((plan.data, [row["problem"] for row in rows]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(grpo_lambda, "rollout", sampled)
+    files = {"data": str(tmp_path / "train.jsonl"), "validation_prompts": 0, "test_split": "train"}
+    config = replace(SMALL, **files, out=str(tmp_path / "run"), test_data=str(tmp_path / "test.jsonl"))
+    with pytest.raises(KeyboardInterrupt):
+        run(config, say=silent)
+    assert asked == [(str(tmp_path / "test.jsonl"), ["5+1=?", "6+1=?", "7+1=?", "8+1=?"])]
+    with pytest.raises(UserError, match="data: 2 test problems are training problems too"):
+        run(replace(config, test_data=str(tmp_path / "both.jsonl")), say=silent)
 
 
 @pytest.mark.slow

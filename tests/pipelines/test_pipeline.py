@@ -233,6 +233,7 @@ def test_online_stages_alone_need_no_table_of_completions(tmp_path):
         ({"stages": [{"method": "dqo", "name": "train"}]}, "stages[0].name: train is another folder of the run"),
         ({"stages": [{"method": "dqo", "name": "a/b"}]}, "stages[0].name: must be a word of letters"),
         ({"stages": [{"method": "dqo", "seed": 1}]}, "stages[0].seed: is the same for all stages; give it once"),
+        ({"stages": [{"method": "qsharp", "test_data": "x"}]}, "stages[0].test_data: all stages are measured on the same"),
         ({"stages": [{"method": "dqo", "out": "x"}]}, "stages[0].out: is the same for all stages; give it once"),
         ({"stages": [{"method": "dqo", "baseline": []}]}, "stages[0].baseline: unknown field (did you mean baselines?)"),
         (
