@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--beta",
         metavar="B[,B...]",
-        help="KL coefficient of the guide, default 0.1; several: Q# and CD at each, and accuracy against KL",
+        help="KL coefficient of the guide, default 0.1; several: Q# and CD (or IPL) at each, and accuracy against KL",
     )
     group.add_argument(
         "--lazy",
@@ -112,7 +112,7 @@ def _measure(words: list[str], given: dict[str, Any]) -> None:
 
     from posttrain.cli.tables import print_table
     from posttrain.decoding.guidance import Guidance
-    from posttrain.decoding.guide import load_guide
+    from posttrain.decoding.guide import ValueGuide, load_guide
     from posttrain.decoding.vllm import load_vllm_guide
     from posttrain.evaluation.benchmarks import load_all
     from posttrain.evaluation.harness import Model, evaluate
@@ -185,16 +185,20 @@ def _measure(words: list[str], given: dict[str, Any]) -> None:
         return
     policy = load_model(given["model"], given.get("device"), given.get("dtype"))
 
+    def guide_by(law: Law) -> ValueGuide:
+        wanted = Guidance(law="qsharp" if law == "ipl" else law, lazy=lazy)
+        return load_guide(given["guide"], policy, wanted, given.get("any_reference", False))
+
     def model(law: Law | None, beta: float | None) -> Model:
-        any_reference = given.get("any_reference", False)
-        guide = load_guide(given["guide"], policy, Guidance(law=law, lazy=lazy), any_reference) if law else None
+        guide = guide_by(law) if law else None
         engine = TransformersEngine(
             policy.model, policy.tokenizer, fingerprint=policy.fingerprint, slots=slots, guide=guide
         )
         return Model(policy.name, engine, policy.tokenizer, engine.settings, beta, guide.name if guide else None)
 
     if len(betas) > 1:
-        print_table(COLUMNS, rows(sweep(tasks, model, betas, out, **options)))
+        laws: tuple[Law, ...] = ("ipl",) if guide_by("qsharp").value.config.preferences else ("qsharp", "cd")
+        print_table(COLUMNS, rows(sweep(tasks, model, betas, out, laws=laws, **options)))
         print(f"report: {out / 'frontier.html'} (also .json), and one in every run's folder")
         return
     evaluate(tasks, model("qsharp", betas[0]) if betas else model(None, None), out, until=until, **options)

@@ -37,6 +37,8 @@ class ValueGuide:
         self.guidance = guidance or Guidance()
         self.fingerprint = fingerprint
         self.settings = self.guidance.settings(fingerprint, value.config.head)
+        if value.config.preferences:
+            self.settings["law"] = "ipl"  # whatever was asked: Q / beta in both
         self.reads_policy = value.config.head == "shared"
         if self.guidance.lazy and value.config.head != "v":
             raise UserError(

@@ -78,7 +78,7 @@ def load_vllm_guide(
     if value.config.head == "v":
         raise UserError(
             f"guide: {folder} has a V-type head, which reads every candidate as one more token; vLLM runs one query a step: "
-            "train with --head q or --head shared, or use --engine transformers"
+            "train with value.head q or shared, or use --engine transformers"
         )
     if value.config.preferences:
         raise UserError(

@@ -190,7 +190,7 @@ def _refuse(vllm_config: VllmConfig, config: ValueModelConfig) -> None:
     longest = vllm_config.model_config.max_model_len
     context = None if config.head == "shared" else config.backbone.max_position_embeddings
     for wrong, why in (
-        (config.head == "v", "a V-type head is not served in vLLM; train with --head q or --head shared"),
+        (config.head == "v", "a V-type head is not served in vLLM; train with value.head q or shared"),
         (vllm_config.quant_config is not None, "a quantised policy is not guided: its value model is not quantised"),
         (vllm_config.lora_config is not None, "LoRA adapters are not guided in vLLM; merge them into the policy"),
         (vllm_config.speculative_config is not None, "vLLM runs no logits processors in speculative decoding"),

@@ -24,7 +24,7 @@ GROUPS = {
     "error": "not graded",
     "timeout": "not graded",
 }
-LAWS = {"qsharp": "Q#", "cd": "CD"}
+LAWS = {"qsharp": "Q#", "cd": "CD", "ipl": "IPL"}
 OWN_DEFINITIONS = {
     SCORER: "a scorer that every run has: mean log-probability of a completion's tokens; as a weight, its exponential",
     "lm-eval strict-match": "lm-eval 0.4.13's gsm8k_cot metric: the first number after 'The answer is', as a string",

@@ -71,6 +71,7 @@ DEFINITIONS = {
     "Q#": "one completion of the guided policy: every token's weight is pi_ref * E[exp(R / beta)], under the value model's law "
     "of the return R after it",
     "CD": "controlled decoding: the same value model used by its mean, every token's weight is pi_ref * exp(E[R] / beta)",
+    "IPL": "every token's weight is pi_ref * exp(Q / beta), Q learned from which completions are preferred",
     "reward model": "the value model's E[R] of a whole completion, read at its last token: the scorer of best-of-k and, above "
     "the least return, the weight of a vote",
     "KL": "nats per completion: the sum over its tokens of KL(guided law || reference law) at the sampling temperature, exact over "

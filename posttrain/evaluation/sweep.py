@@ -1,6 +1,6 @@
 """Guided evaluations at several betas, and the frontier of accuracy against KL, Q# and CD on the same axes.
 
-base/, qsharp-beta-B/, cd-beta-B/    one evaluation each, as `harness` makes them
+base/, qsharp-beta-B/, cd-beta-B/    one evaluation each, as `harness` makes them; of preferences ipl-beta-B/ alone
 frontier.json, frontier.html
 """
 
@@ -18,8 +18,11 @@ from posttrain.evaluation.plots import frontier
 from posttrain.evaluation.report import Figure, trusted, write_page
 from posttrain.provenance import write_json
 
-Law = Literal["qsharp", "cd"]
-DEFINED = ("pass@1", "Q#", "CD", "KL", "tokens", "interval")
+Law = Literal["qsharp", "cd", "ipl"]
+LEADS = {
+    ("qsharp", "cd"): "One value model, two ways to use it: Q# tilts by the law of the return, CD by its mean.",
+    ("ipl",): "One value model, which has learned from preferences.",
+}
 
 
 @dataclass(frozen=True)
@@ -40,17 +43,17 @@ def sweep(
     betas: Sequence[float],
     out: Path,
     *,
+    laws: Sequence[Law] = ("qsharp", "cd"),
     seed: int = 0,
     resume: bool = False,
     shard_prompts: int | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Evaluates the unguided model and both laws at every beta; what `frontier.json` says. Errors: as `evaluate`.
+    """Evaluates the unguided model and the laws at every beta; what `frontier.json` says. Errors: as `evaluate`.
 
     guided: the model by law and beta; None and None without guidance.
     """
     runs: list[tuple[Path, Law | None, float | None]] = [(out / "base", None, None)]
-    laws: tuple[Law, ...] = ("qsharp", "cd")
     runs += [(out / f"{law}-beta-{beta!r}", law, beta) for law in laws for beta in betas]
     for folder, law, beta in runs:
         say(f"{folder.name}:")
@@ -67,7 +70,7 @@ def sweep(
         points = [_point(law, beta, summary) for law, beta, summary in summaries[1:] if law and beta]
         found[name] = {"base": summaries[0][2]["metrics"]["pass@1"], "points": points}
     write_json(out / "frontier.json", found)
-    _write_page(out / "frontier.html", found, runs)
+    _write_page(out / "frontier.html", found, laws, runs)
     return found
 
 
@@ -98,16 +101,16 @@ def _score(value: float, interval: tuple[float, float]) -> tuple[str, str]:
     return f"{100 * value:.1f} %", f"{100 * interval[0]:.1f} - {100 * interval[1]:.1f}"
 
 
-def _write_page(path: Path, found: dict[str, Any], runs: Sequence[tuple[Path, Any, Any]]) -> None:
+def _write_page(path: Path, found: dict[str, Any], laws: Sequence[Law], runs: Sequence[tuple[Path, Any, Any]]) -> None:
     figures = []
     for name, entry in found.items():
-        laws: dict[str, list[Point]] = {}
+        lines: dict[str, list[Point]] = {}
         for point in sorted(entry["points"], key=lambda point: point.kl):
-            laws.setdefault(point.law, []).append(point)
+            lines.setdefault(point.law, []).append(point)
         base = entry["base"]
         figures.append(
             Figure(
-                frontier(laws, base["value"], (base["low"], base["high"])),
+                frontier(lines, base["value"], (base["low"], base["high"])),
                 f"{name}: accuracy of one sample against KL; the numbers are betas, the dotted line is the model alone.",
             )
         )
@@ -115,10 +118,12 @@ def _write_page(path: Path, found: dict[str, Any], runs: Sequence[tuple[Path, An
         path,
         "frontier.html",
         title="Accuracy against KL",
-        lead="One value model, two ways to use it: Q# tilts by the law of the return, CD by its mean.",
+        lead=LEADS[tuple(laws)],
         columns=COLUMNS,
         rows=rows(found),
         figures=trusted(figures),
-        definitions={name: DEFINITIONS[name] for name in DEFINED},
+        definitions={
+            name: DEFINITIONS[name] for name in ("pass@1", *(LAWS[law] for law in laws), "KL", "tokens", "interval")
+        },
         manifest={folder.name: json.loads((folder / "run.json").read_text(encoding="utf-8")) for folder, _, _ in runs},
     )

@@ -3,7 +3,8 @@ import json
 import pytest
 
 from posttrain.cli import main as cli
-from posttrain.models.load import TINY
+from posttrain.models.load import TINY, load_model
+from posttrain.models.value import new_value_model
 
 needs_tiny = pytest.mark.skipif(not TINY.is_dir(), reason="the embedded model is not built yet")
 
@@ -124,3 +125,19 @@ def test_the_embedded_model_from_samples_to_comparison(tmp_path, capsys):
     assert json.loads((out / "report.json").read_text())["comparison"]["differs"] == {"seed": [0, 1]}
     assert cli.main(["eval", "export", str(out), "--to", str(tmp_path / "log")]) == 0
     assert (tmp_path / "log" / "samples_arithmetic.jsonl").is_file()
+
+
+@needs_tiny
+@pytest.mark.slow
+def test_a_guide_of_preferences_is_called_ipl(tmp_path, capsys):
+    new_value_model(load_model("tiny"), "q", layers=1, zero_init=False, preferences=True).save_pretrained(
+        tmp_path / "value"
+    )
+    arguments = ["arithmetic", "--model", "tiny", "--limit", "2", "--threads", "1", "--guide", str(tmp_path / "value")]
+    assert cli.main(["eval", *arguments, "--out", str(tmp_path / "one")]) == 0
+    title = "Evaluation of tiny, guided by IPL"
+    assert json.loads((tmp_path / "one" / "run.json").read_text())["settings"]["guidance"]["law"] == "ipl"
+    assert title in (tmp_path / "one" / "report.html").read_text()
+    assert cli.main(["eval", *arguments, "--beta", "0.3,1", "--out", str(tmp_path / "sweep")]) == 0
+    assert sorted(path.name for path in (tmp_path / "sweep").glob("*beta*")) == ["ipl-beta-0.3", "ipl-beta-1.0"]
+    assert "IPL, beta 0.3" in capsys.readouterr().out

@@ -46,7 +46,7 @@ def test_a_mistake_is_one_line(options, message, capsys, monkeypatch):
 def test_a_v_head_is_not_for_vllm(tmp_path, capsys):
     new_value_model(load_model("tiny", "cpu"), "v").save_pretrained(tmp_path / "v")
     assert main(["serve", "--model", "tiny", "--engine", "vllm", "--port", "0", "--guide", str(tmp_path / "v")]) == 2
-    assert "train with --head q or --head shared, or use --engine transformers" in capsys.readouterr().err
+    assert "train with value.head q or shared, or use --engine transformers" in capsys.readouterr().err
 
 
 def test_a_value_model_is_no_probe_and_a_probe_no_value_model(tmp_path, capsys):

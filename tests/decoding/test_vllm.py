@@ -343,9 +343,7 @@ def test_the_folder_says_what_it_is_made_of(policy, q, tmp_path):
 
 def test_what_vllm_cannot_guide_is_refused(policy, q, tmp_path):
     new_value_model(policy, "v").save_pretrained(tmp_path / "v")
-    with pytest.raises(
-        UserError, match=r"guide: .* V-type head.*--head q or --head shared, or use --engine transformers"
-    ):
+    with pytest.raises(UserError, match=r"guide: .* V-type head.*value.head q or shared, or use --engine transformers"):
         load_vllm_guide(tmp_path / "v", policy)
     new_value_model(policy, "q", preferences=True).save_pretrained(tmp_path / "ipl")
     with pytest.raises(UserError, match=r"guide: .* learned from preferences.* use --engine transformers"):

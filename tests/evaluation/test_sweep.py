@@ -26,17 +26,17 @@ class GuidedAdder(Adder):
             return done
         problem = "".join(map(chr, request.prompt_ids)).partition("user\n")[2].partition("=")[0]
         text = f"\\boxed{{{sum(map(int, problem.split('+')))}}}"
-        kl = {"qsharp": 0.5, "cd": 0.25}[self.law] / request.beta
+        kl = {"qsharp": 0.5, "cd": 0.25, "ipl": 0.75}[self.law] / request.beta
         return replace(done, ids=tuple(map(ord, text)), logprobs=(-0.5,) * len(text), kl=kl, log_ratio=kl)
 
 
 class Swept:
     """A sweep, the engines that it made and what it said."""
 
-    def __init__(self, data, out, resume=False):
+    def __init__(self, data, out, resume=False, **laws):
         self.engines, self.said = [], []
         tasks = tasks_of(data, n=2)
-        self.found = sweep(tasks, self.model, BETAS, out, resume=resume, say=self.said.append)
+        self.found = sweep(tasks, self.model, BETAS, out, resume=resume, say=self.said.append, **laws)
 
     def model(self, law, beta):
         self.engines.append(GuidedAdder(law))
@@ -89,6 +89,17 @@ def test_the_page_defines_what_it_compares(folder, swept):
         law = "Q#" if "qsharp" in name else "CD"
         own = (folder / "sweep" / name / "report.html").read_text()
         assert f"guided by {law} (vvvvvvvvvvvvvvvv) at beta {float(name.rpartition('-')[2]):g}" in own
+
+
+def test_of_preferences_there_is_one_law(tmp_path):
+    swept = Swept(write_data(tmp_path / "sums.jsonl"), tmp_path / "sweep", laws=("ipl",))
+    assert [line[1:3] for line in rows(swept.found)] == [
+        ("without guide", "0"),
+        ("IPL, beta 0.1", "7.500"),
+        ("IPL, beta 1", "0.750"),
+    ]
+    page = (tmp_path / "sweep" / "frontier.html").read_text()
+    assert page.count("<svg") == 1 and "pi_ref * exp(Q / beta)" in page and "controlled decoding" not in page
 
 
 def test_a_prompt_is_shown_once(swept):
