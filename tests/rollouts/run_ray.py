@@ -14,6 +14,7 @@ from ray.cluster_utils import Cluster
 from posttrain.decoding.guidance import Guidance
 from posttrain.decoding.vllm import load_vllm_guide
 from posttrain.models.load import load_tokenizer
+from posttrain.rollouts import ray as replicas
 from posttrain.rollouts.engine import Request, Sampling
 from posttrain.rollouts.ray import RayEngine
 from tests.rollouts.run_vllm import plain, refused, requests
@@ -40,6 +41,30 @@ with RayEngine(Path(work["model"]), dtype="float32", slots=8, guide=guide) as en
     assert next(running).request_id == 15
     ray.kill(engine._replicas[0])
     found["refused"].append(refused(lambda: list(running)))
+
+
+@ray.remote
+class Other:
+    """What else a cluster is for: it holds what it is given."""
+
+
+def held(**given: int) -> ray.actor.ActorHandle:
+    other = Other.options(**given).remote()
+    ray.get(other.__ray_ready__.remote())
+    return other
+
+
+replicas.PATIENCE = 5.0
+ray.init(cluster.address)
+processor = held(num_cpus=1)
+found["refused"].append(refused(lambda: RayEngine(Path(work["model"]))))
+ray.kill(processor)
+cluster.add_node(num_cpus=2, num_gpus=2)  # GPUs are what a machine says that it has
+one = held(num_gpus=1)
+found["free GPUs"] = len(replicas._shares())
+two = held(num_gpus=1)
+found["refused"].append(refused(lambda: RayEngine(Path(work["model"]))))
+ray.shutdown()
 cluster.shutdown()
 print()
 print(json.dumps(found))

@@ -58,9 +58,11 @@ def test_two_machines_give_what_the_transformers_engine_gives(tmp_path: Path) ->
             assert theirs["ids"] == list(ours["ids"])
             assert theirs["logprobs"] == pytest.approx(list(ours["logprobs"]), abs=1e-4)
     assert found["completions"] != found["guided"]
-    too_long, unknown, died = found["refused"]
+    too_long, unknown, died, full, taken = found["refused"]
     assert too_long.startswith("max_tokens: ") and unknown.startswith("prompt: request 0 has token ids outside")
     assert died == "engine: a process of Ray's has died (ActorDiedError); what is finished is kept, --resume goes on"
+    assert full == "engine: Ray has room for 1 of 2 replicas now; other work holds the rest"
+    assert taken.startswith("engine: the Ray cluster has no free GPU") and found["free GPUs"] == 1
 
 
 def test_a_table_is_collected(tmp_path: Path) -> None:
