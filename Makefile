@@ -71,7 +71,7 @@ coverage: $(VENV)/.engines browser
 	$(PYTEST) --cov --cov-report=term --cov-fail-under=90
 
 soak: $(VENV)/.engines browser
-	POSTTRAIN_SOAK=1 CHAOS_KILLS=10 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -v -rP tests/soak tests/pipelines/test_chaos.py tests/pipelines/test_qsharp.py tests/recipes/test_dqo.py
+	POSTTRAIN_SOAK=1 CHAOS_KILLS=10 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -vv -rP tests/soak tests/pipelines/test_chaos.py tests/pipelines/test_qsharp.py tests/recipes/test_dqo.py
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

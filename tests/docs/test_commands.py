@@ -67,7 +67,11 @@ def smaller(words: list[str], folder: Path) -> list[str]:
     for option, value in FEWER.items():
         if option in done:
             done[done.index(option) + 1] = value
-    if words[1] in ("eval", "rollout") and words[2] not in ("list", "report") and "--limit" not in done:
+    if (
+        words[1] in ("eval", "rollout")
+        and words[2] not in ("list", "report", "grade", "export", "overlap")
+        and "--limit" not in done
+    ):
         done += ["--limit", "2"]
     for i, word in enumerate(words):
         if word.startswith("recipes/") and word.endswith(".yaml"):
