@@ -20,7 +20,7 @@ from posttrain.rollouts.vllm import Precision, VLLMEngine
 
 PASSED_ON = ("OMP_NUM_THREADS", "VLLM_", "HF_HUB_OFFLINE")  # of this process's environment, to those on other machines
 KEPT_BACK = ("KEY", "VLLM_HOST_IP")  # Ray shows what it passes on; an address is one machine's
-PATIENCE = 120.0  # seconds for Ray to place a replica, before its model is read
+PATIENCE = 300.0  # seconds for Ray to place a replica and to start its process, before its model is read
 CLOSING = 30.0  # seconds for a replica to give its memory back
 DIED = "engine: a process of Ray's has died ({}); what is finished is kept, --resume goes on"
 
@@ -54,7 +54,8 @@ class RayEngine:
             ready, pending = ray.wait(placed, num_returns=len(placed), timeout=PATIENCE)
             if pending:
                 raise UserError(
-                    f"engine: Ray has room for {len(ready)} of {len(placed)} replicas now; other work holds the rest"
+                    f"engine: Ray has room for {len(ready)} of {len(placed)} replicas now; other work holds the rest, "
+                    "or their processes do not start"
                 )
             started = [replica.start.remote(folder, slots, dtype, guide) for replica in self._replicas]
             self.fingerprint, self.context, self.settings = alike([_got(one) for one in started])

@@ -54,7 +54,7 @@ def held(**given: int) -> ray.actor.ActorHandle:
     return other
 
 
-replicas.PATIENCE = 5.0
+replicas.PATIENCE = 20.0
 ray.init(cluster.address)
 processor = held(num_cpus=1)
 found["refused"].append(refused(lambda: RayEngine(Path(work["model"]))))
