@@ -14,6 +14,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -120,7 +121,7 @@ def recording(argv: Sequence[str], first: bool = True) -> Iterator[None]:
         yield
     except BaseException as error:
         state = "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {_reason(error)}"
-        if command and command.run and command.new and isinstance(error, UserError) and _is_bare(command.run.folder):
+        if command and command.run and command.new and isinstance(error, UserError) and is_bare(command.run.folder):
             shutil.rmtree(command.run.folder)  # refused before anything was made: a typo leaves no folder
             command.run = None
         raise
@@ -257,8 +258,9 @@ def _targets(report_to: Sequence[str] | None) -> list[str]:
     return list(report_to)
 
 
-def _is_bare(folder: Path) -> bool:
-    return {path.name for path in folder.iterdir()} <= NAMES
+def is_bare(folder: Path) -> bool:
+    """Whether nothing lies there, but for what a run notes of itself before it makes anything, or has half written of that."""
+    return {re.sub(r"^\.(.+)\.\d+$", r"\1", path.name) for path in folder.iterdir()} <= NAMES
 
 
 def _is_locked(path: Path) -> bool:

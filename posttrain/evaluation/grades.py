@@ -37,6 +37,7 @@ def grade_benchmark(
     table = read_table(folder / "rollouts")
     rows = read_prompts(folder)
     completions = _completions(table, rows, benchmark.n)
+    thinking = table.manifest["settings"].get("thinking", "")
     head = {
         "table": hash_json(table.manifest["shards"]),
         "grader": grader_fingerprint(),
@@ -47,14 +48,14 @@ def grade_benchmark(
     if len(lines) == len(rows) and not again:
         return lines
     if again or (not lines and path.is_file()):
-        lines = [line for chunk in _graded(rows, completions, benchmark) for line in chunk]
+        lines = [line for chunk in _graded(rows, completions, thinking, benchmark) for line in chunk]
         write_text(path, "".join(map(_dump, [head, *lines])))
         return lines
     with path.open("r+b" if lines else "wb") as stream:
         stream.truncate(size)
         stream.seek(size)
         stream.write(b"" if lines else _dump(head).encode())
-        for chunk in _graded(rows, completions, benchmark, len(lines)):
+        for chunk in _graded(rows, completions, thinking, benchmark, len(lines)):
             stream.write("".join(map(_dump, chunk)).encode())
             stream.flush()
             os.fsync(stream.fileno())
@@ -110,7 +111,11 @@ def _read(
 
 
 def _graded(
-    rows: Sequence[dict[str, Any]], completions: Sequence[list[str]], benchmark: Benchmark, start: int = 0
+    rows: Sequence[dict[str, Any]],
+    completions: Sequence[list[str]],
+    thinking: str,
+    benchmark: Benchmark,
+    start: int = 0,
 ) -> Iterator[list[Line]]:
     step = max(1, CHUNK // benchmark.n)
     with bar(f"{benchmark.name}: grade", len(rows)) as shown, closing(lm_eval_bridge.Judge()) as judge:
@@ -119,7 +124,7 @@ def _graded(
             chunk, texts = rows[first : first + step], completions[first : first + step]
             grades = iter(
                 grade(
-                    completions=[text for group in texts for text in group],
+                    completions=[thinking + text for group in texts for text in group],
                     golds=[row["answer"] for row in chunk for _ in range(benchmark.n)],
                 )
             )

@@ -70,6 +70,13 @@ def without_thinking(text: str) -> str | None:
     return "".join(kept)
 
 
+def open_tag(prompt: str) -> str:
+    """The think tag that a prompt ends with, and all of its completions begin in; else nothing."""
+    end = prompt[-100:].rstrip()
+    *_, last = [None, *_THINK.finditer(end)]
+    return last.group() if last and last.end() == len(end) and not any(last.groups()) else ""
+
+
 _FENCE = re.compile(r"^[ \t]*```[ \t]*([a-zA-Z+#]*)[^\n]*$", re.MULTILINE)
 
 
@@ -89,7 +96,7 @@ def without_code(text: str) -> str:
 
 
 _BRACE = re.compile(r"\\{1,2}(?:boxed|fbox|framebox)(?![a-zA-Z])\s*+\{?|\\.|[{}]", re.DOTALL)
-_ONE_TOKEN = re.compile(r"[^\s${}]+")
+_ONE_TOKEN = re.compile(r"\\[a-zA-Z]+(?:\{[^{}]*\})+|[^\s${}]+")  # \boxed 5, \boxed\frac{1}{2}
 _NOT_SPACE = re.compile(r"\S")
 
 
@@ -110,7 +117,7 @@ def last_box(text: str) -> str | None:
                 found = (start, match.start())
         elif len(token) > 2 and token[-1] == "{":
             open_braces.append(match.end())
-        elif len(token) > 2 and (bare := _ONE_TOKEN.match(text, match.end())):  # \boxed 5
+        elif len(token) > 2 and (bare := _ONE_TOKEN.match(text, match.end())):
             found = bare.span()
     return text[slice(*found)].strip() if found else None
 
@@ -159,8 +166,12 @@ def bold_number(text: str) -> str | None:
     return trim(bold[0]) if len(bold) == 1 and _NUMBER.fullmatch(bold[0]) else None
 
 
+_DISPLAY = re.compile(r"\\[()\[\]]|\$\$")
+
+
 def bare_number(text: str) -> str | None:
     """The whole completion, where that is one number."""
+    text = _DISPLAY.sub(" ", text[:200])
     return trim(text) if len(text) < 200 and _NUMBER.fullmatch(text) else None
 
 

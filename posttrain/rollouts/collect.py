@@ -21,6 +21,7 @@ from posttrain.data.prompts import Message, messages_for, render
 from posttrain.errors import UserError
 from posttrain.progress import Bar, bar
 from posttrain.provenance import hash_json, versions
+from posttrain.rewards.extract import open_tag
 from posttrain.rewards.math import Grade, grade
 from posttrain.rollouts.engine import Completion, Engine, Request, Sampling, check_request
 from posttrain.rollouts.rollin import NO_PREFIX, Prefix
@@ -114,6 +115,8 @@ def collect(
             )
     out = Path(out)
     policy = f"{policy}@{engine.fingerprint}"
+    # A chat template may open the thought itself. What is cut off in it has no answer, and only with its tag does the grader know.
+    thinking = open_tag(tokenizer.decode(list(prompts[0].ids), skip_special_tokens=False)) if prompts else ""
     manifest: dict[str, Any] = {
         "settings": {
             "policy": policy,
@@ -128,6 +131,7 @@ def collect(
             "seed": sampling.seed,
             "stop_ids": list(sampling.stop_ids),
             **({"stop": list(sampling.stop)} if sampling.stop else {}),
+            **({"thinking": thinking} if thinking else {}),
             **({"beta": beta, "guide": guide} if beta is not None else {}),
             **({"prefixes": _prefix_hash(prefixes)} if prefixes is not None else {}),
             "shard_prompts": shard_prompts,
@@ -154,7 +158,9 @@ def collect(
                 jobs = _jobs(prompts[shard], first, counts[shard], sampling, beta, prefixes or {})
                 completions = _sample(engine, jobs, done)
                 texts = [completion_text(tokenizer, completion) for completion in completions]
-                grades = grader(completions=texts, golds=[job.prompt.answer for job in jobs])
+                grades = grader(
+                    completions=[thinking + text for text in texts], golds=[job.prompt.answer for job in jobs]
+                )
                 rows = [_row(*row, policy, guide) for row in zip(jobs, completions, texts, grades, strict=True)]
                 done.graded(rows)
                 with _writing(out):
@@ -222,20 +228,15 @@ def check_folder(out: Path, resume: bool, way: str = "--resume continues an inte
     Errors: UserError naming `out`, which cannot be written to or, without `resume`, is not empty.
     """
     _check_writable(out)
-    if not resume and out.is_dir() and not _is_bare(out):
+    if not resume and out.is_dir() and not record.is_bare(out):
         raise UserError(f"out: {out} is not empty; {way}, or give another folder")
-
-
-def _is_bare(out: Path) -> bool:
-    """Whether nothing lies there, but for what a run notes of itself before it makes anything."""
-    return {path.name for path in out.iterdir()} <= record.NAMES
 
 
 def _opened(out: Path, manifest: dict[str, Any], resume: bool) -> dict[str, Any]:
     """The manifest to go on with: the new one, now written, or on resume the old one, which must agree with it."""
     check_folder(out, resume)
     remove_scratch(out)
-    if not _is_bare(out):
+    if not record.is_bare(out):
         return _agreed(out, read_manifest(out), manifest)
     with _writing(out):
         write_manifest(out, manifest)

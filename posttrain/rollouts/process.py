@@ -64,8 +64,10 @@ def monte_carlo_scores(
         number, end = owners[completion.request_id]
         prefix = Prefix(tuple(rows[number]["completion_ids"][: end + 1]))
         texts[completion.request_id] = completion_text(tokenizer, prefix.before(completion))
+    thinking = table.manifest["settings"].get("thinking", "")
+    grades = grader(completions=[thinking + text for text in texts], golds=golds)
     right: dict[tuple[int, int], int] = {}
-    for owner, graded in zip(owners, grader(completions=texts, golds=golds), strict=True):
+    for owner, graded in zip(owners, grades, strict=True):
         right[owner] = right.get(owner, 0) + graded.correct
     scores: list[Scores] = [[] for _ in rows]
     for (number, end), count in right.items():

@@ -86,6 +86,20 @@ def test_one_full_prompt_is_shown(tmp_path, data):
     )
 
 
+def test_a_thought_that_the_template_opens_and_nothing_closes_has_no_answer(tmp_path, data, monkeypatch):
+    whole = Characters.apply_chat_template
+    monkeypatch.setattr(
+        Characters,
+        "apply_chat_template",
+        lambda *args, **given: {"input_ids": [*whole(*args, **given)["input_ids"], *map(ord, "<think>\n")]},
+    )
+    out = tmp_path / "run"
+    evaluate(tasks_of(data), adder(), out, say=quiet)
+    regrade(out, again=True, say=quiet)
+    _, *lines = lines_of(out / "sums" / "grades.jsonl")
+    assert {verdict for line in lines for verdict in line["verdict"]} == {"no_answer"}
+
+
 def test_grading_again_generates_nothing_and_leaves_the_table_alone(tmp_path, data, monkeypatch):
     engine, out = Adder(), tmp_path / "run"
     evaluate(tasks_of(data), adder(engine), out, say=quiet)

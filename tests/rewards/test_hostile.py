@@ -20,6 +20,7 @@ LONG = {
     "dollars": "$" * MEGABYTE, "stars": "*" * MEGABYTE, "bold": "**1" * (MEGABYTE // 3), "lines": "\n" * MEGABYTE, "nulls": "\0" * MEGABYTE,
     "digits of another plane": "𝟘" * (MEGABYTE // 4), "accents": "e" + "\u0301" * (MEGABYTE // 2), "commas": rf"\boxed{{{',' * MEGABYTE}}}",
     "fences": "```py\n" * (MEGABYTE // 6), "numbers": "#### " + ",".join(map(str, range(150_000))), "words": "The answer is " + "word " * (MEGABYTE // 5),
+    "braces": rf"\boxed{{{'{' * 9_000}1{'}' * 9_000}}}", "many functions": r"\boxed" + r"\a{1}" * (MEGABYTE // 5), "prices": r"\boxed{" + "\\$1 - " * 3_000 + "= 2}",
 }  # fmt: skip
 
 DEEP = {

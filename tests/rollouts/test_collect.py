@@ -75,6 +75,22 @@ def test_a_truncated_completion_without_an_answer_is_wrong(engine, tokenizer, pr
     assert set(table.column("verdict")) == {"no_answer"} and not any(table.column("correct"))
 
 
+@pytest.mark.parametrize(
+    ("prompt", "verdict"), [("user: 0?\nassistant: <think>\n", "no_answer"), ("<think></think>\n", "equal")]
+)
+def test_a_thought_that_the_prompt_opens_and_nothing_closes_has_no_answer(
+    engine, tokenizer, prompts, tmp_path, monkeypatch, prompt, verdict
+):
+    def decode(self, ids, skip_special_tokens=True):
+        return "Perhaps \\boxed{7}. But wait" if skip_special_tokens else prompt
+
+    monkeypatch.setattr(type(tokenizer), "decode", decode)
+    sevens = [replace(each, answer="7") for each in prompts]
+    table = collect(engine, tokenizer, sevens, out=tmp_path / "t", **SETTINGS)
+    assert set(table.column("verdict")) == {verdict} and set(table.column("completion")) == {decode(None, ())}
+    assert table.manifest["settings"].get("thinking") == ("<think>" if verdict == "no_answer" else None)
+
+
 def test_a_stop_text_is_not_part_of_the_completion(tokenizer):
     ids, logprobs = (1, 2, 3), (-1.0, -1.0, -1.0)
     assert completion_text(tokenizer, Completion(0, ids, logprobs, "stop", "2")) == "#### 1"

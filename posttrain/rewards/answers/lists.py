@@ -36,9 +36,9 @@ def list_rule(a: Node, b: Node) -> RuleOutcome:
     if not isinstance(a, Listing) or (not isinstance(b, Listing) and len(a.items) == 1):
         return same(a if not isinstance(a, Listing) else a.items[0], b)
     if isinstance(b, Tuple):
-        return pairwise([_unlabelled(i) for i in a.items], b.items)
+        return pairwise([_unlabelled(i) for i in _coordinates(a.items)], b.items)
     if isinstance(b, Matrix) and 1 in (len(b.rows), len(b.rows[0])):
-        return pairwise([_unlabelled(i) for i in a.items], [c for row in b.rows for c in row])
+        return pairwise([_unlabelled(i) for i in _coordinates(a.items)], [c for row in b.rows for c in row])
     if (
         isinstance(b, Relation)
         and isinstance(b.sides[0], Tuple)
@@ -76,6 +76,17 @@ def _flat_items(node: Node) -> list[Node]:
 def _label_names(items: list[Node]) -> list[Node]:
     labels = [i.sides[0] for i in items if isinstance(i, Relation) and i.ops == ("=",) and is_label(i.sides[0])]
     return labels if len(labels) == len(items) else []
+
+
+def _coordinates(items: Sequence[Node]) -> list[Node]:
+    """`y = 1, x = -2` in the order that coordinates have; as they stand where their names have none."""
+    names = {
+        label.name: item
+        for label, item in zip(_label_names(list(items)), items, strict=False)
+        if isinstance(label, Sym)
+    }
+    ordered = len(names) == len(items) and any(names.keys() <= set(axes) for axes in ("xyz", "abcdefgh"))
+    return [names[name] for name in sorted(names)] if ordered else list(items)
 
 
 def _unlabelled(node: Node) -> Node:

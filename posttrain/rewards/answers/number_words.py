@@ -1,5 +1,6 @@
 """Numbers in words: `forty-two`, `two hundred and five`, `three quarters`."""
 
+import re
 from fractions import Fraction
 
 _TEENS = (
@@ -23,6 +24,7 @@ _PARTS = {
 }
 _PLURALS = {f"{word}s": value for word, value in _PARTS.items()} | {"halves": 2}
 MOST_WORDS = 16
+_DIGITS = re.compile(r"[0-9]{1,30}(?:\.[0-9]{1,30})?")
 
 
 def spelt_number(text: str) -> Fraction | None:
@@ -31,7 +33,8 @@ def spelt_number(text: str) -> Fraction | None:
     if not words or len(words) > MOST_WORDS or "and" in (text.split() or [""])[0]:
         return None
     if words[0] in ("minus", "negative"):
-        value = spelt_number(" ".join(words[1:]))
+        rest = " ".join(words[1:])
+        value = Fraction(rest) if _DIGITS.fullmatch(rest) else spelt_number(rest)
         return None if value is None else -value
     part = _PARTS.get(words[-1]) or _PLURALS.get(words[-1])
     if part:

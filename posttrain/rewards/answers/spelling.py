@@ -52,6 +52,10 @@ _TIMES_TEN = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)")
 _MONEY_NAMES = {"us$": DOLLAR, "us" + DOLLAR: DOLLAR, "usd": DOLLAR, "eur": "€", "gbp": "£", "rs": "₹", "inr": "₹"}
 _MONEY_NAME = re.compile(rf"(?i)(?<![a-z])(US[${DOLLAR}]|USD|EUR|GBP|Rs|INR)\.?\s*(?=\d)")
 _HALF_DAY = re.compile(r"(?i)\b([ap])\.\s?m\b\.?")
+_RATE = re.compile(  # 460/week, 460 a week
+    r"(?i)(?<=\d)(?:\s*/\s*|\s+an?\s+)(?=(?:second|minute|hour|day|night|week|month|year|person|piece|item|mile|gallon|pound)s?\b)"
+)
+MOST_TRIMS = 20
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d/])(?!\s*(?:/|\\[dtc]?frac))")
 
 
@@ -71,6 +75,10 @@ def respell(text: str) -> str:
     text = _TIMES_TEN.sub(r"\\times ", text)
     text = _MONEY_NAME.sub(lambda m: _MONEY_NAMES[m[1].lower()], text)
     text = _THOUSANDS.sub("", text)
+    text = _RATE.sub(" per ", text)
+    if "=" in text and text.count(DOLLAR) > 1:  # $5 + $3 = $8: one sign says it for all
+        terms, _, last = text.rpartition(DOLLAR)
+        text = terms.replace(DOLLAR, "") + DOLLAR + last
     text = _DOTTED_THOUSANDS.sub(lambda m: m[0].replace(".", ""), text)
     text = _HALF_DAY.sub(r"\1m", text)
     text = _SPACED_THOUSANDS.sub(lambda m: m[0].replace(" ", ""), text)
@@ -79,8 +87,7 @@ def respell(text: str) -> str:
 
 def trim(text: str) -> str:
     """Without what says nothing at either end: spaces, a leading `=`, a final full stop or line break."""
-    before = None
-    while before != text:
+    for _ in range(MOST_TRIMS):
         before = text
         text = text.strip().removesuffix("\\\\").removesuffix("\\,").removesuffix("\\").rstrip()
         if text.endswith((",", ";", ":")) or (text.endswith(".") and not text.endswith("...")):
@@ -89,6 +96,8 @@ def trim(text: str) -> str:
             text = text[1:-1]
         if text.startswith((":", "=")) and not text.startswith("=="):
             text = text[1:]
+        if text == before:
+            break
     return text
 
 

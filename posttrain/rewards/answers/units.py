@@ -3,6 +3,8 @@
 import re
 from fractions import Fraction
 
+from posttrain.rewards.answers.number_words import SMALL
+
 _LENGTH = {"mm": "1/1000", "cm": "1/100", "dm": "1/10", "m": "1", "km": "1000"}
 _ALIASES = {
     "millimeter": "mm", "millimetre": "mm", "centimeter": "cm", "centimetre": "cm", "meter": "m", "metre": "m",
@@ -49,7 +51,7 @@ LETTERS = frozenset("m s g h L l N J W V K A C F".split())  # one letter, set of
 _NOT_UNITS = frozenset(
     "not no never nor neither either or and maybe perhaps possibly probably likely could might may but if unless "
     "except approximately "
-    "approx about roughly around almost nearly least most more less fewer than over under between up wrong "
+    "approx about roughly around almost nearly least most than over under between up wrong "
     "incorrect false correct "
     "true equal equals is are was be mark marked grade grader grading graded score accept accepted ignore disregard "
     "please instruction "
@@ -57,10 +59,13 @@ _NOT_UNITS = frozenset(
     "lambda reward full "
     "credit evaluate evaluation treat consider regard regardless any all none some something anything unknown "
     "undefined option options "
-    "choice choices guess think sure unsure also instead otherwise alternatively yes when where for every each "
+    "choice choices guess think sure unsure also instead otherwise alternatively yes when where for every "
     "other".split()
 )
-_TRUSTED = frozenset("any all each every more less for other over".split())  # in a gold these are plain words
+_TRUSTED = frozenset("any all every for other over".split())  # in a gold these are plain words
+_CHANGES = frozenset(  # first beside a number, they make another of it
+    "squared cubed halves thirds fourths fifths sixths sevenths eighths ninths tenths hundredths thousandths".split()
+)
 
 
 def unit_name(pieces: list[str]) -> str:
@@ -92,7 +97,9 @@ def acceptable(pieces: list[str], trusted: bool) -> bool:
     words = [piece.lower() for piece in pieces if piece.isalpha()]
     if any(word in _NOT_UNITS and not (trusted and word in _TRUSTED) for word in words):
         return False
-    if words and words[-1] == "right":
+    if words and (
+        words[-1] == "right" or words[-1] in SMALL or words[0] in _CHANGES
+    ):  # 3 minus one, 5 squared, 3 tenths
         return False
     return len(words) <= (12 if trusted else 4) and sum(map(len, words)) <= 60
 
