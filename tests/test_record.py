@@ -69,6 +69,14 @@ def test_a_mistake_that_is_refused_before_anything_is_made_leaves_no_folder(tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_what_a_kill_left_half_written_of_a_record_is_nothing_made(tmp_path):
+    for name in ("STATUS", ".config.yaml.123", ".attempts.json.7"):
+        (tmp_path / name).touch()
+    assert record.is_bare(tmp_path)
+    (tmp_path / ".manifest.json.7").touch()
+    assert not record.is_bare(tmp_path)
+
+
 def test_a_killed_run_is_told_from_one_that_runs_and_goes_on_where_it_stopped(tmp_path):
     out = tmp_path / "run"
     child = subprocess.Popen(

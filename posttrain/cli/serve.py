@@ -51,6 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help="float32 or bfloat16; default: bfloat16 on a GPU, else float32")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU where there is one")
     parser.add_argument("--slots", type=int, default=64, help="completions sampled at the same time")
+    parser.add_argument(
+        "--context",
+        type=int,
+        help="most tokens of prompt and completion, for which every slot has room; default: the model's own",
+    )
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
     parser.add_argument("vllm", nargs="*", metavar="-- OPTIONS", help="vLLM's own options")
 
@@ -74,8 +79,9 @@ def run(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     if args.drain < 0:
         raise UserError(f"drain: must not be negative, got {args.drain}")
-    if args.slots < 1:
-        raise UserError(f"slots: must be at least 1, got {args.slots}")
+    for name in ("slots", "context"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"{name}: must be at least 1, got {getattr(args, name)}")
     key = os.environ.get("POSTTRAIN_API_KEY") if args.api_key is None else args.api_key
     check_open(args.host, key)
     limits = Limits(args.max_requests, args.max_completions, args.max_body)
@@ -108,7 +114,10 @@ def _transformers(
 
     guidance = Guidance(args.candidates, lazy=args.lazy)
     policy = load_model(args.model, args.device, args.dtype)
-    return Catalogue.load(policy, guides, probes, guidance, args.slots, limits)
+    catalogue = Catalogue.load(policy, guides, probes, guidance, args.slots, limits)
+    _check_context(args, policy.context)
+    catalogue.engine.context = min(catalogue.engine.context, args.context or policy.context)
+    return catalogue
 
 
 def _vllm(
@@ -126,6 +135,7 @@ def _vllm(
     from posttrain.serving.catalogue import Catalogue
 
     policy, guidance = load_tokenizer(args.model), Guidance(args.candidates, lazy=args.lazy)
+    _check_context(args, policy.context)
     served = {name: load_vllm_guide(folder, policy, guidance) for name, folder in guides.items()}
     heads = {name: Probe.from_pretrained(folder, policy.fingerprint) for name, folder in probes.items()}
     # In a process of its own, as in vLLM's own server: this one is busy with its clients. Spawned, it ends with this one.
@@ -138,13 +148,20 @@ def _vllm(
             slots=args.slots,
             dtype=args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32"),
             guide=next(iter(served.values()), None),
-            options=args.vllm,
+            options=[*((f"--max-model-len={args.context}",) if args.context else ()), *args.vllm],
         )
     )
     if heads:  # vLLM shows no hidden states: a second copy of the policy reads them
         policy = load_model(args.model, args.device, args.dtype)
     rerankers = {name: Reranker(policy, probe.to(policy.model.device)) for name, probe in heads.items()}
     return Catalogue(policy, served, rerankers, args.slots, limits, engine)
+
+
+def _check_context(args: argparse.Namespace, most: int) -> None:
+    from posttrain.errors import UserError
+
+    if args.context and args.context > most:
+        raise UserError(f"context: {args.model} has {most} tokens, got {args.context}")
 
 
 def _interrupt(*_: object) -> None:

@@ -140,7 +140,12 @@ def known_models() -> list[str]:
 
 
 def model_fingerprint(folder: Path) -> str:
-    """sha256 over what decides the policy: weights, configuration, end-of-text ids, vocabulary, chat template."""
+    """sha256 over what decides the policy: weights, configuration, end-of-text ids, vocabulary, chat template.
+
+    Errors: UserError naming `model` for a folder without safetensors, whose weights would not be in it.
+    """
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"model: {folder} has no weights as .safetensors; load it with transformers and save it again")
     return hash_files({file for pattern in FINGERPRINTED for file in folder.glob(pattern) if file.is_file()})
 
 

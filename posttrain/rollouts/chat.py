@@ -6,6 +6,7 @@ as the endpoint counted. Log-probabilities are left out.
 """
 
 import json
+import math
 import queue
 import threading
 import time
@@ -107,7 +108,7 @@ class ChatEngine:
                 ended.set()
 
     def _complete(self, client: httpx.Client, request: Request, ended: threading.Event) -> Completion:
-        pause = FIRST_PAUSE
+        pause, troubled = FIRST_PAUSE, math.inf
         while True:
             try:
                 answer = client.post(f"{self.base_url}/chat/completions", json=self._body(request))
@@ -119,7 +120,8 @@ class ChatEngine:
                     raise UserError(f"base-url: {self.base_url} {trouble}")
             except httpx.HTTPError as error:
                 trouble = f"cannot be reached ({type(error).__name__})"
-            if time.monotonic() + pause > self._answered + self.patience:
+            troubled = min(troubled, time.monotonic())  # a slow endpoint is not one that answers none
+            if time.monotonic() + pause > max(self._answered, troubled) + self.patience:
                 raise UserError(f"base-url: {self.base_url} {trouble}; no answer for {self.patience:g} seconds")
             if ended.wait(pause):
                 raise UserError("base-url: given up")

@@ -105,7 +105,8 @@ class ChatAnswers(Answers):
 
     def _entry(self, id: int, logprob: float | None) -> Json:
         name = self._name(id)
-        return {"token": name, "logprob": logprob, "bytes": list(name.encode())}
+        part = "\ufffd" in name  # of a character, whose bytes the name does not tell
+        return {"token": name, "logprob": logprob, "bytes": None if part else list(name.encode())}
 
 
 class TextAnswers(Answers):

@@ -9,6 +9,7 @@ Every answer of the server carries the fingerprint of the policy that made it in
 """
 
 import asyncio
+import hmac
 import os
 import re
 import signal
@@ -29,7 +30,7 @@ from posttrain.errors import UserError
 from posttrain.models.load import Policy, model_fingerprint
 from posttrain.rollouts.replicas import ACCOUNT, FINGERPRINT, GUIDE, POLICY
 from posttrain.rollouts.vllm import CPU_CACHE_GIB, MEMORY_SHARE
-from posttrain.serving.gate import is_local
+from posttrain.serving.gate import HEALTH, is_local
 from posttrain.serving.server import KEEP_ALIVE
 
 UNKNOWN = "unknown"  # while weights are replaced, and after that has failed
@@ -112,6 +113,22 @@ class LocalOnly:
             if not is_local(re.sub(r":\d*$", "", host).strip("[]")):
                 refusal = JSONResponse({"error": "host: a server without a key answers to localhost only"}, 403)
                 await refusal(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+class Locked:
+    """ASGI: vLLM asks for its keys on some paths only, and answers on others too (`/invocations`); here on all but `/health`."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+        self.app = app
+        self.allowed = [f"Bearer {key}".encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] != HEALTH:
+            brought = dict(scope["headers"]).get(b"authorization", b"")
+            if not any(hmac.compare_digest(brought, one) for one in self.allowed):
+                await JSONResponse({"error": "Unauthorized"}, 401)(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
@@ -241,6 +258,8 @@ async def _serve(
     async with build_async_engine_client(args) as client:
         tasks = await client.get_supported_tasks()
         app = build_app(args, tasks, client.model_config)
+        if args.api_key:
+            app.add_middleware(Locked, keys=args.api_key)
         await init_app_state(client, app.state, args, tasks)
         served = ServedPolicy(client, policy, guide)
         add_policy_routes(app, served)

@@ -1,17 +1,21 @@
+import argparse
 import json
 import os
 import signal
 import subprocess
 import sys
 import urllib.request
+from contextlib import ExitStack
 
 import httpx
 import pytest
 
+from posttrain.cli import serve
 from posttrain.cli.main import main
 from posttrain.models.load import load_model
 from posttrain.models.probe import Probe, ProbeCard
 from posttrain.models.value import new_value_model
+from posttrain.serving.catalogue import Limits
 from tests.serving.conftest import KEY, started
 
 
@@ -22,6 +26,8 @@ from tests.serving.conftest import KEY, started
         (["--api-key", ""], "api-key: is empty"),
         (["--port", "99999"], "port: must be between"),
         (["--slots", "0"], "slots: must be at least 1, got 0"),
+        (["--context", "0"], "context: must be at least 1, got 0"),
+        (["--context", "513", "--port", "0"], "context: tiny has 512 tokens, got 513"),
         (["--drain", "-1"], "drain: must not be negative"),
         (["--max-requests", "0"], "max-requests: must be at least 1, got 0"),
         (["--candidates", "0"], "candidates: must be at least 1"),
@@ -41,6 +47,13 @@ def test_a_mistake_is_one_line(options, message, capsys, monkeypatch):
     assert main(["serve", "--model", "tiny", *options]) == 2
     shown = capsys.readouterr().err
     assert message in shown and shown.count("\n") == 1
+
+
+def test_a_context_is_all_that_a_request_may_take():
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    args = parser.parse_args(["--model", "tiny", "--device", "cpu", "--context", "64"])
+    assert serve._transformers(args, {}, {}, Limits(1, 1, 1), ExitStack()).engine.context == 64
 
 
 def test_a_v_head_is_not_for_vllm(tmp_path, capsys):

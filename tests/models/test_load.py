@@ -6,7 +6,7 @@ import torch
 
 from posttrain.errors import UserError
 from posttrain.models.architecture import architecture
-from posttrain.models.load import TINY, load_model, model_fingerprint
+from posttrain.models.load import TINY, load_model, load_tokenizer, model_fingerprint
 from tests.small_models import smollm2
 
 
@@ -14,6 +14,13 @@ def test_tiny_by_name():
     policy = load_model("tiny", device="cpu")
     assert policy.name == "tiny" and policy.context == 512 and policy.model.dtype == torch.float32
     assert not policy.model.training
+
+
+def test_weights_that_no_fingerprint_would_cover_are_refused(tmp_path):
+    shutil.copytree(TINY, tmp_path / "bin", ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "bin" / "pytorch_model.bin").write_bytes(b"a pickle")
+    with pytest.raises(UserError, match=r"^model: .*bin has no weights as \.safetensors"):
+        load_tokenizer(str(tmp_path / "bin"))
 
 
 def test_a_copy_elsewhere_has_the_same_fingerprint_and_other_weights_another(tmp_path):

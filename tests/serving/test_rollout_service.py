@@ -80,6 +80,13 @@ def test_the_service_is_its_model_takes_new_weights_and_ends_on_sigterm(tmp_path
             assert line.startswith("ready: http://127.0.0.1:"), (tmp_path / "log").read_text()[-3000:]
             url = line.removeprefix("ready: ").strip()
             assert httpx.get(f"{url}/v1/policy").status_code == 401
+            bare = {"model": "tiny", "prompt": "1+1=", "max_tokens": 1}  # vLLM itself asks for no key there
+            for path in ("/v1/completions", "/invocations", "/tokenize"):
+                assert httpx.post(f"{url}{path}", json=bare).status_code == 401
+            assert (
+                httpx.post(f"{url}/invocations", json=bare, headers={"Authorization": "Bearer no"}).status_code == 401
+            )
+            assert httpx.get(f"{url}/health").status_code == 200
             with ServiceEngine([url], fingerprint=policy.fingerprint, key="secret", slots=8) as service:
                 assert (service.context, service.settings["dtype"]) == (512, "float32")
                 before = check_equal(service, policy.model, policy.tokenizer, requests)
