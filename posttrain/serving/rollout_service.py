@@ -120,14 +120,14 @@ class LocalOnly:
 class Locked:
     """ASGI: vLLM asks for its keys on some paths only, and answers on others too (`/invocations`); here on all but `/health`."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self.app = app
-        self.allowed = [f"Bearer {key}".encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] != HEALTH:
             brought = dict(scope["headers"]).get(b"authorization", b"")
-            if not any(hmac.compare_digest(brought, one) for one in self.allowed):
+            keys: list[str] = scope["app"].state.args.api_key
+            if not any(hmac.compare_digest(brought, f"Bearer {key}".encode()) for key in keys):
                 await JSONResponse({"error": "Unauthorized"}, 401)(scope, receive, send)
                 return
         await self.app(scope, receive, send)
@@ -204,7 +204,8 @@ def options(
     words += ["--no-enable-chunked-prefill"] if current_platform.is_cpu() else []  # as in rollouts/vllm.py, and why
     words += [f"--max-model-len={context}"] if context else []
     words += [f"--logits-processors={name}" for name in processors()] if guided else []
-    words += [f"--api-key={key}"] if key else [f"--middleware={__name__}.{LocalOnly.__name__}"]
+    words += [f"--api-key={key}"] if key else []
+    words += [f"--middleware={__name__}.{(Locked if key else LocalOnly).__name__}"]
     args = make_arg_parser(FlexibleArgumentParser(prog="vllm's options")).parse_args([*words, *more])
     validate_parsed_serve_args(args)
     if guided and args.data_parallel_size > 1:
@@ -258,8 +259,6 @@ async def _serve(
     async with build_async_engine_client(args) as client:
         tasks = await client.get_supported_tasks()
         app = build_app(args, tasks, client.model_config)
-        if args.api_key:
-            app.add_middleware(Locked, keys=args.api_key)
         await init_app_state(client, app.state, args, tasks)
         served = ServedPolicy(client, policy, guide)
         add_policy_routes(app, served)
