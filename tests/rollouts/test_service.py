@@ -267,6 +267,7 @@ def test_new_weights_reach_every_replica_and_one_that_does_not_take_them_is_left
     for name in "abc":
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(f'{{"name": "{name}"}}')
+        (tmp_path / name / "model.safetensors").touch()
     asked = requests(40)
     with ServiceEngine([one.url for one in pair], slots=4, patience=1) as engine:
         engine.sync_weights(tmp_path / "a")
@@ -285,6 +286,7 @@ def test_new_weights_reach_every_replica_and_one_that_does_not_take_them_is_left
 def test_another_process_follows_a_push(fake, tmp_path):
     one = fake()
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").touch()
     asked = requests(5)
     with ServiceEngine([one.url]) as first, ServiceEngine([one.url], patience=0.5) as second:
         first.sync_weights(tmp_path)
