@@ -114,8 +114,8 @@ def _transformers(
 
     guidance = Guidance(args.candidates, lazy=args.lazy)
     policy = load_model(args.model, args.device, args.dtype)
-    catalogue = Catalogue.load(policy, guides, probes, guidance, args.slots, limits)
     _check_context(args, policy.context)
+    catalogue = Catalogue.load(policy, guides, probes, guidance, args.slots, limits)
     catalogue.engine.context = min(catalogue.engine.context, args.context or policy.context)
     return catalogue
 
