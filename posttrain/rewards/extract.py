@@ -171,8 +171,10 @@ _DISPLAY = re.compile(r"\\[()\[\]]|\$\$")
 
 def bare_number(text: str) -> str | None:
     """The whole completion, where that is one number."""
-    text = _DISPLAY.sub(" ", text[:200])
-    return trim(text) if len(text) < 200 and _NUMBER.fullmatch(text) else None
+    if len(text) >= 200:
+        return None
+    text = _DISPLAY.sub(" ", text)
+    return trim(text) if _NUMBER.fullmatch(text) else None
 
 
 RULES: tuple[tuple[str, Callable[[str], str | None]], ...] = (

@@ -85,6 +85,7 @@ SILENT = [
     r"\boxed{41} <think> or is it \boxed{42}",
     "<think> unfinished",
     "so we compute 6 * 7 = 42 and then",
+    "\\(42" + " " * 198 + "is not the answer",
     "**1** and **2** are not it",
     "```python\nanswer = 42\nprint(answer)\n```",
     "```python\n#### 42\n",

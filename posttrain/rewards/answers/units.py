@@ -97,9 +97,8 @@ def acceptable(pieces: list[str], trusted: bool) -> bool:
     words = [piece.lower() for piece in pieces if piece.isalpha()]
     if any(word in _NOT_UNITS and not (trusted and word in _TRUSTED) for word in words):
         return False
-    if words and (
-        words[-1] == "right" or words[-1] in SMALL or words[0] in _CHANGES
-    ):  # 3 minus one, 5 squared, 3 tenths
+    # 3 minus one, 5 squared, 3 tenths
+    if words and (words[-1] == "right" or words[-1] in SMALL or words[0] in _CHANGES):
         return False
     return len(words) <= (12 if trusted else 4) and sum(map(len, words)) <= 60
 
