@@ -155,18 +155,33 @@ def paired_comparison(run: ArrayLike, baseline: ArrayLike, level: float = 0.95, 
     """Compares two runs by their per-problem scores [prompts] on the same problems in the same order.
 
     The interval is the bootstrap's over problems, the p-value `sign_flip_p_value`'s, and the smallest detectable
-    difference (z_{(1+level)/2} + z_{0.8}) se.
+    difference (z_{(1+level)/2} + z_{0.8}) se. Where all scores lie between 0 and 1 and all problems differ alike, of
+    which a bootstrap sees no variance, the interval is `_alike`'s.
     """
     ours, theirs = _values("run", run), _values("baseline", baseline)
     if len(ours) != len(theirs):
         raise ValueError(f"baseline: {len(theirs)} problems, run has {len(ours)}; they must be the same problems")
     # Equal scores may come by different sums: 1 - 3/4 and 1/4.
     differences = np.where(np.isclose(ours, theirs, rtol=1e-12, atol=1e-12), 0.0, ours - theirs)
-    low, high = bootstrap_interval(differences, level, seed)
+    scores = np.round(np.concatenate([ours, theirs]), 12)
+    if np.ptp(differences) <= 1e-12 and scores.min() >= 0 and scores.max() <= 1:
+        low, high = _alike(float(differences.mean()), len(differences), level)
+    else:
+        low, high = bootstrap_interval(differences, level, seed)
     se = standard_error(differences)
     detectable = (_two_sided(level) + NORMAL.inv_cdf(POWER)) * se if 0 < se < math.inf else None
     p_value = sign_flip_p_value(differences, seed)
     return Comparison(len(ours), float(differences.mean()), se, low, high, p_value, detectable)
+
+
+def _alike(difference: float, problems: int, level: float) -> tuple[float, float]:
+    """Interval of a mean difference of scores between 0 and 1 of which all problems seen are equal.
+
+    By Wilson, up to a share z^2 / (P + z^2) of all problems may be of another kind, and those differ by -1 to 1. For
+    differences of 0, 1 and -1 it is the score interval of paired proportions (Tango 1998).
+    """
+    _, others = wilson_interval(0, problems, level)
+    return difference - others * (1 + difference), difference + others * (1 - difference)
 
 
 def paired_ratio(run: ArrayLike, baseline: ArrayLike, level: float = 0.95, seed: int = 0) -> tuple[float, float, float]:

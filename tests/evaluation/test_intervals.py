@@ -339,14 +339,44 @@ def test_pairing_removes_the_difficulty_of_the_problems():
 
 def test_equal_runs_differ_by_nothing():
     comparison = paired_comparison([0.1 + 0.2, 1.0], [0.3, 1.0])
-    assert (comparison.difference, comparison.low, comparison.high) == (0.0, 0.0, 0.0)
+    assert comparison.difference == 0.0 and comparison.low == -comparison.high
     assert comparison.p_value == 1.0 and comparison.detectable is None
+    tokens = paired_comparison([12.0, 90.0], [12.0, 90.0])
+    assert (tokens.low, tokens.high) == (0.0, 0.0), "what may be any number has no such bound"
 
 
 def test_one_problem_decides_nothing():
     comparison = paired_comparison([1.0], [0.0])
     assert (comparison.difference, comparison.p_value, comparison.detectable) == (1.0, 1.0, None)
-    assert (comparison.low, comparison.high) == (-math.inf, math.inf)
+    assert comparison.low < 0 and comparison.high == 1.0
+    tokens = paired_comparison([12.0], [90.0])
+    assert (tokens.low, tokens.high) == (-math.inf, math.inf)
+
+
+def tango(difference: float, better: int, problems: int) -> float:
+    """The score statistic of paired proportions at a difference (Tango 1998), when `better` pairs have only the run right and
+    the others are alike; the rate of such pairs under that difference by the largest likelihood on a grid."""
+    rates = np.linspace(
+        max(difference, 0.0), (1 + difference) / 2, 100_001
+    )  # the baseline alone is right: rate - difference
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ours = better * np.log(rates) if better else 0.0
+        alike = (problems - better) * np.log(1 - 2 * rates + difference) if better < problems else 0.0
+    rate = rates[np.argmax(ours + alike)]
+    variance = problems * (2 * rate - difference - difference**2)
+    return (better - problems * difference) / math.sqrt(variance)
+
+
+@pytest.mark.parametrize("problems", [5, 40])
+def test_problems_that_differ_alike_have_the_score_interval(problems):
+    same, better = np.zeros(problems), np.ones(problems)
+    alike, gain, loss = paired_comparison(same, same), paired_comparison(better, same), paired_comparison(same, better)
+    assert tango(alike.high, 0, problems) == pytest.approx(-1.959964, rel=1e-6)
+    assert tango(gain.low, problems, problems) == pytest.approx(1.959964, rel=1e-6)
+    assert (gain.high, loss.low) == (1.0, -1.0)
+    assert (loss.low, loss.high) == pytest.approx((-gain.high, -gain.low))
+    half = paired_comparison(better, better / 2)
+    assert -1 <= half.low < 0.5 < half.high <= 1
 
 
 @pytest.mark.parametrize(
