@@ -33,7 +33,11 @@ class Finding:
 def examine() -> Iterator[Finding]:
     """Everything, in the order in which one thing needs the other."""
     for check in CHECKS:
-        yield from check()
+        try:
+            yield from check()
+        except (ImportError, OSError) as error:  # of torch, say: what is broken is what there is to tell
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            yield Finding(check.__name__, "broken", reason[:70], "reinstall what is named broken or missing above")
 
 
 def known_good() -> dict[str, str]:

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from posttrain.errors import UserError
+
 PACKAGES = (
     "posttrain",
     "torch",
@@ -68,6 +70,14 @@ def plain(value: Any) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """Atomically: a reader sees the old file or the new one, never half of one."""
     write_text(path, json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, field: str) -> Any:
+    """Of a file that `write_json` has written. Errors: UserError naming `field` for one that somebody else has."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, IsADirectoryError):
+        raise UserError(f"{field}: {path} is damaged; delete it, and what it tells of is made anew") from None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import shutil
+import sys
 from collections import namedtuple
 
 import httpx
@@ -116,6 +117,14 @@ def test_a_disk_that_is_nearly_full(free, state, monkeypatch):
 def test_a_folder_that_may_not_be_written(monkeypatch):
     monkeypatch.setattr(doctor.os, "access", lambda *_: False)
     assert set(states(doctor.disk).values()) == {"broken"}
+
+
+def test_what_else_is_found_is_told_where_torch_cannot_be_imported(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr(doctor, "CHECKS", (doctor.python, doctor.devices, doctor.distributed, doctor.disk))
+    found = {finding.name: finding for finding in doctor.examine()}
+    assert {"python", "devices", "distributed", "disk, here"} <= set(found)
+    assert found["devices"].state == "broken" and "torch" in found["devices"].found
 
 
 def test_no_hub_is_a_note(monkeypatch):

@@ -2,7 +2,8 @@ import os
 
 import pytest
 
-from posttrain.provenance import hash_files, hash_json, versions, write_json
+from posttrain.errors import UserError
+from posttrain.provenance import hash_files, hash_json, read_json, versions, write_json
 
 
 def test_hash_of_files_depends_on_names_and_contents_only(tmp_path):
@@ -23,6 +24,15 @@ def test_hash_of_a_value_ignores_the_order_of_keys():
 
 def test_versions_name_what_can_change_a_result():
     assert {"python", "torch", "transformers"} <= versions().keys()
+
+
+def test_a_damaged_file_is_one_line(tmp_path):
+    path = tmp_path / "made_by.json"
+    write_json(path, {"a": (1, None)})
+    assert read_json(path, "out") == {"a": [1, None]}
+    path.write_text(path.read_text()[:-3])
+    with pytest.raises(UserError, match=rf"^out: {path} is damaged; delete it"):
+        read_json(path, "out")
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from posttrain.config import build, read_yaml
 from posttrain.data.load import Row, load_rows
 from posttrain.data.prompts import BOXED, template_for
 from posttrain.errors import UserError, nearest
+from posttrain.evaluation.metrics import MAX_SAMPLES
 from posttrain.rewards.math import readable
 from posttrain.rollouts.engine import Sampling
 
@@ -56,8 +57,8 @@ class Benchmark:
             raise UserError(f"name: {self.name!r} must be letters, digits, dots, dashes and underscores")
         template_for(self.data, self.prompt)
         self.sampling(0)
-        if self.n < 1:
-            raise UserError(f"n: must be at least 1, got {self.n}")
+        if not 1 <= self.n <= MAX_SAMPLES:
+            raise UserError(f"n: must be between 1 and {MAX_SAMPLES}, got {self.n}")
         if any(k < 1 for k in self.k):
             raise UserError(f"k: must be at least 1, got {min(self.k)}")
         if self.k and max(self.k) > self.n:

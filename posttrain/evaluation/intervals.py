@@ -32,12 +32,12 @@ class VarianceSplit:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`difference` = run - baseline, with its standard error, interval and p-value. `detectable` is the smallest true
-    difference found with 80 % power; None where the problems show no variance (one problem, or no difference)."""
+    """`difference` = run - baseline, with its standard error (None of one problem), interval and p-value. `detectable` is the
+    smallest true difference found with 80 % power; None where the problems show no variance (one problem, or no difference)."""
 
     problems: int
     difference: float
-    se: float
+    se: float | None
     low: float
     high: float
     p_value: float
@@ -168,8 +168,8 @@ def paired_comparison(run: ArrayLike, baseline: ArrayLike, level: float = 0.95, 
         low, high = _alike(float(differences.mean()), len(differences), level)
     else:
         low, high = bootstrap_interval(differences, level, seed)
-    se = standard_error(differences)
-    detectable = (_two_sided(level) + NORMAL.inv_cdf(POWER)) * se if 0 < se < math.inf else None
+    se = standard_error(differences) if len(differences) > 1 else None
+    detectable = (_two_sided(level) + NORMAL.inv_cdf(POWER)) * se if se else None
     p_value = sign_flip_p_value(differences, seed)
     return Comparison(len(ours), float(differences.mean()), se, low, high, p_value, detectable)
 

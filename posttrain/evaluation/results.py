@@ -29,7 +29,7 @@ from posttrain.evaluation.metrics import (
     worst_at_k,
 )
 from posttrain.evaluation.run_folder import BREAKDOWNS, benchmark_of, read_prompts, read_run
-from posttrain.provenance import hash_json
+from posttrain.provenance import hash_json, read_json
 from posttrain.rollouts.collect import DECISIVE
 from posttrain.rollouts.table import read_table
 
@@ -84,7 +84,7 @@ def load_result(folder: Path, run: dict[str, Any], name: str, say: Callable[[str
     grades = grade_benchmark(folder, benchmark, say=say)
     table = read_table(folder / "rollouts")
     logprobs = table.by_prompt("logprobs")
-    stops = json.loads((folder / "stops.json").read_text(encoding="utf-8")) if benchmark.stop else [None] * len(table)
+    stops = read_json(folder / "stops.json", "dir") if benchmark.stop else [None] * len(table)
     names = grades[0].get("lm_eval", {})
     return Result(
         benchmark=benchmark,
@@ -215,7 +215,7 @@ def breakdown(result: Result) -> dict[str, list[dict[str, Any]]]:
     accuracy = result.accuracy
     found: dict[str, list[dict[str, Any]]] = {}
     for field in BREAKDOWNS:
-        values = [row.get(field) for row in result.rows]
+        values = [_label(row.get(field)) for row in result.rows]
         groups = sorted({value for value in values if value is not None}, key=lambda value: (str(type(value)), value))
         if len(groups) < 2:
             continue
@@ -227,6 +227,11 @@ def breakdown(result: Result) -> dict[str, list[dict[str, Any]]]:
                 {"value": group, "problems": len(scores), "pass@1": float(scores.mean()), "low": low, "high": high}
             )
     return found
+
+
+def _label(value: Any) -> str | int | float | None:
+    """A row's field to group by; a list or an object, which a file of one's own may have there, by its text."""
+    return value if value is None or isinstance(value, (str, int, float)) else json.dumps(value, ensure_ascii=False)
 
 
 def warnings(result: Result, summary: dict[str, Any]) -> list[str]:

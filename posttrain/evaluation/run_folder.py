@@ -21,7 +21,7 @@ from typing import Any
 from posttrain.config import build
 from posttrain.errors import UserError
 from posttrain.evaluation.benchmarks import Benchmark, Problems
-from posttrain.provenance import hash_json, plain, versions, write_json, write_text
+from posttrain.provenance import hash_json, plain, read_json, versions, write_json, write_text
 from posttrain.rollouts.collect import DECISIVE, Prompt
 
 BREAKDOWNS = ("subject", "level", "type", "contest")  # fields of a row by which reports split a benchmark
@@ -142,7 +142,7 @@ def timed(out: Path, benchmark: str, stage: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     path = out / "times.json"
-    times = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    times = read_json(path, "dir") if path.is_file() else {}
     entry = times.setdefault(benchmark, {}).setdefault(stage, {"seconds": 0.0})
     entry["seconds"] = round(entry["seconds"] + time.perf_counter() - start, 3)
     entry["ended"] = datetime.now(UTC).isoformat(timespec="seconds")

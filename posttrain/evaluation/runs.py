@@ -86,7 +86,7 @@ def _read(folder: Path, name: str) -> Recorded:
         folder,
         read_status(folder),
         read_attempts(folder),
-        read_metrics(folder),
+        [row for row in read_metrics(folder) if not record.is_set_aside(folder / row["part"].partition("/")[0])],
         # Of an evaluation at several betas, those of each.
         read_arms(folder) or [found for path in sorted(folder.glob(f"*/{ARMS}")) for found in read_arms(path.parent)],
         _sweeps(folder),
@@ -95,21 +95,24 @@ def _read(folder: Path, name: str) -> Recorded:
 
 
 def _sweeps(folder: Path) -> dict[str, list[Point]]:
-    """Of Q#'s own run, or of a pipeline's stages."""
+    """Of Q#'s own run, or of a pipeline's stages, by whose name they go where there are several."""
     found: dict[str, list[Point]] = {}
     written = _json(folder / "summary.json").get("frontier") or {}
-    for points in written.values() if isinstance(written, dict) else [written]:
+    for stage, points in written.items() if isinstance(written, dict) else [("", written)]:
         for point in points:
+            law = f"{stage}: {point['law']}" if len(written) > 1 and stage else point["law"]
             interval = (point["interval"][0], point["interval"][1])
-            found.setdefault(point["law"], []).append(Point(point["beta"], point["kl"], point["accuracy"], interval))
+            found.setdefault(law, []).append(Point(point["beta"], point["kl"], point["accuracy"], interval))
     return {law: sorted(points, key=lambda point: point.kl) for law, points in found.items()}
 
 
 def _samples(folder: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """The run's own, and those of its stages."""
+    """The run's own, and those of its stages as they are."""
     for path in sorted(folder.glob(f"**/{SAMPLES}"), key=lambda path: (len(path.parts), path)):
+        if any(record.is_set_aside(parent) for parent in path.parents if folder in parent.parents):
+            continue
         try:
-            problems = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            problems = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         except ValueError:
             raise UserError(f"run: {path} is damaged; the command that made it writes it again") from None
         yield path.parent.relative_to(folder).as_posix(), problems
@@ -130,12 +133,18 @@ def comparable(runs: Sequence[Recorded]) -> list[Measured]:
     """The arms of all runs by the problems they were measured on: those of one list can be compared, those of two cannot.
 
     Of several runs an arm's title names its run, except where it is the same in all that have it: one model, sampled alike.
+    Where a run has measured a list more than once, as two benchmarks that ask the same problems do, it names the measurement.
     """
     lists = {each.fingerprint: each for run in reversed(runs) for each in reversed(run.measured)}
     found = []
     for fingerprint, first in reversed(lists.items()):
+        measured = [(run, each) for run in runs for each in run.measured if each.fingerprint == fingerprint]
+        titles = dict.fromkeys(each.title for _, each in measured)
+        several = len({run.name for run, _ in measured}) < len(measured)
         arms = [
-            (run, arm) for run in runs for each in run.measured if each.fingerprint == fingerprint for arm in each.arms
+            (run, replace(arm, title=f"{each.title}: {arm.title}") if several else arm)
+            for run, each in measured
+            for arm in each.arms
         ]
         scores: dict[str, list[tuple[float, ...]]] = {}
         for _, arm in arms:
@@ -145,7 +154,8 @@ def comparable(runs: Sequence[Recorded]) -> list[Measured]:
             alike = len(scores[arm.title]) > 1 and len(set(scores[arm.title])) == 1
             title = arm.title if alike or len(runs) == 1 else f"{run.name}: {arm.title}"
             shown.setdefault(title, replace(arm, title=title))
-        found.append(replace(first, arms=tuple(shown.values())))
+        title = ", ".join(titles) if several else first.title
+        found.append(replace(first, title=title, arms=tuple(shown.values())))
     return found
 
 

@@ -75,7 +75,8 @@ def test_a_gold_that_says_something_is_read(gold):
     [
         ({"n": 4, "k": (1, 8)}, "n: 4 samples per problem cannot give mine pass@8"),
         ({"k": (0,)}, "k: must be at least 1"),
-        ({"n": 0}, "n: must be at least 1"),
+        ({"n": 0}, "n: must be between 1 and 1000, got 0"),
+        ({"n": 1001}, "n: must be between 1 and 1000, got 1001"),
         ({"n": 2, "temperature": 0.0}, "n: temperature 0 gives 2 times the same sample"),
         ({"temperature": -1.0}, "temperature: "),
         ({"top_p": 0.0}, "top_p: "),

@@ -348,7 +348,7 @@ def test_equal_runs_differ_by_nothing():
 def test_one_problem_decides_nothing():
     comparison = paired_comparison([1.0], [0.0])
     assert (comparison.difference, comparison.p_value, comparison.detectable) == (1.0, 1.0, None)
-    assert comparison.low < 0 and comparison.high == 1.0
+    assert comparison.low < 0 and comparison.high == 1.0 and comparison.se is None
     tokens = paired_comparison([12.0], [90.0])
     assert (tokens.low, tokens.high) == (-math.inf, math.inf)
 

@@ -116,6 +116,12 @@ def test_the_breakdown_is_by_every_field_that_varies():
     ]
 
 
+def test_a_breakdown_by_a_list_is_by_its_text():
+    rows = [{"type": ["algebra"]}, {"type": ["algebra", "sums"]}, {"type": "sums"}]
+    found = summarise(result_of(["==", "=-", "--"], rows=rows))["breakdown"]["type"]
+    assert [group["value"] for group in found] == ['["algebra", "sums"]', '["algebra"]', "sums"]
+
+
 def test_warnings_name_other_data_and_subsets():
     warned = summarise(result_of(["="], sha256="e" * 64, entry={"data_rows": 9}))["warnings"]
     assert len(warned) == 2 and "1 of 9 problems" in warned[0] and "--any-data" in warned[1]

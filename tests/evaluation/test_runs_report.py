@@ -13,7 +13,7 @@ from posttrain.evaluation.runs import comparable, read_runs
 from posttrain.evaluation.runs_report import pairs, write_runs_report
 from posttrain.record import begin, recording
 from tests.browser import CHROMIUM, browser
-from tests.evaluation.recorded import HOSTILE, dqo, qsharp, table
+from tests.evaluation.recorded import HOSTILE, arm, dqo, page, qsharp, table
 
 PROBLEMS = [f"{i} + {i}" for i in range(40)]
 
@@ -92,6 +92,51 @@ def test_a_run_at_work_and_a_failed_one_are_told(tmp_path):
     assert write_runs_report([tmp_path / "failed"], tmp_path / "report") == []
     text = (tmp_path / "report" / "report.md").read_text()
     assert "failed: data: there is no prompt to sample" in text and "has measured nothing yet" in text
+
+
+def test_two_benchmarks_that_ask_the_same_problems_both_stand_there(tmp_path):
+    names = ("gsm8k", "gsm8k_hash")
+    for seed, name in enumerate(names):
+        page(tmp_path / "run" / name, {"model": arm("model", "tiny", 0.3 + 0.4 * seed, 40, 60, seed)}, PROBLEMS)
+        for path in (tmp_path / "run" / name).glob("arms.json"):
+            (measured,) = json.loads(path.read_text())
+            path.write_text(json.dumps([{**measured, "title": name}]))
+    (tmp_path / "run" / "STATUS").write_text("finished\nstarted: 2026-01-01\npid: 1\n")
+    (found,) = comparable(read_runs([tmp_path / "run"]))
+    assert found.title == "gsm8k, gsm8k_hash"
+    assert [each.title for each in found.arms] == ["gsm8k: tiny", "gsm8k_hash: tiny"]
+    assert found.arms[0].accuracy < found.arms[1].accuracy
+
+
+def test_what_a_pipeline_has_set_aside_is_not_the_runs(folders, tmp_path):
+    run = shutil.copytree(folders[0], tmp_path / "run")
+    stage = run / "qsharp-0123456789ab"
+    stage.mkdir()
+    shutil.copyfile(run / "samples.jsonl", stage / "samples.jsonl")
+    with (run / "metrics.jsonl").open("a") as stream:
+        stream.write('{"part": "qsharp-0123456789ab/round-1/value", "step": 1, "loss": 1.0}\n')
+    (found,) = read_runs([run])
+    assert stage.name in found.samples and f"{stage.name}/round-1/value" in found.curves()
+    (stage / "stage.json").write_text('{"key": "0123456789abcdef"}')
+    (found,) = read_runs([run])
+    assert list(found.samples) == ["."] and not any(part.startswith(stage.name) for part in found.curves())
+
+
+def test_the_sweeps_of_two_stages_are_two_lines(folders, tmp_path):
+    run = shutil.copytree(folders[0], tmp_path / "run")
+    point = {"law": "Q#", "beta": 0.1, "kl": 0.9, "accuracy": 0.8, "interval": [0.7, 0.9]}
+    for stages, laws in ((("v", "q"), ["v: Q#", "q: Q#"]), (("v",), ["Q#"])):
+        (run / "summary.json").write_text(json.dumps({"frontier": {stage: [point] for stage in stages}}))
+        (found,) = read_runs([run])
+        assert list(found.sweeps) == laws
+
+
+def test_a_separator_of_lines_in_a_text_is_no_damage(folders, tmp_path):
+    run = shutil.copytree(folders[0], tmp_path / "run")
+    text = (run / "samples.jsonl").read_text(encoding="utf-8")
+    (run / "samples.jsonl").write_text(text.replace("makes", "ma\u2028k\u0085es"), encoding="utf-8")
+    (found,) = read_runs([run])
+    assert "ma\u2028k\u0085es" in json.dumps(found.samples, ensure_ascii=False)
 
 
 def test_what_is_no_run_is_one_line(folders, tmp_path):
