@@ -37,6 +37,7 @@ STATUS, CONFIG, ATTEMPTS, METRICS, EVENTS, LOCK = (
     "tensorboard",
     ".lock",
 )
+STAGE = "stage.json"  # in the folder of a pipeline's stage: what made it, under its `key`
 NAMES = frozenset({STATUS, CONFIG, ATTEMPTS, METRICS, EVENTS, LOCK})  # what a folder holds that nothing is made in yet
 
 REPORT_TO = (
@@ -86,6 +87,21 @@ class Run:
         if len(kept) < len(self._rows):
             self._rows = kept
             self._rewrite()
+
+    def move(self, folder: Path, to: Path) -> None:
+        """What was logged of a folder, or within it, goes with it."""
+        before, after = self.part(folder), self.part(to)
+        rows = [
+            {**row, "part": after + row["part"].removeprefix(before)}
+            if f"{row['part']}/".startswith(f"{before}/")
+            else row
+            for row in self._rows.values()
+        ]
+        self._rows = {_key(row): row for row in rows}
+        self._rewrite()
+        events = self.folder / EVENTS
+        if (events / before).is_dir():
+            (events / before).rename(events / after)
 
     def _rewrite(self) -> None:
         write_text(self.folder / METRICS, "".join(map(_line, self._rows.values())))
@@ -187,6 +203,15 @@ def read_status(folder: Path) -> Status | None:
         return Status(state, reason or None, values["started"], values.get("ended"), int(values["pid"]))
     except (OSError, ValueError, KeyError):
         return None
+
+
+def is_set_aside(folder: Path) -> bool:
+    """Whether other settings of a pipeline's stage have left it: its name ends with their fingerprint."""
+    try:
+        key = json.loads((folder / STAGE).read_text(encoding="utf-8"))["key"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return folder.name.endswith(f"-{key[:12]}")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

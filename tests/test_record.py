@@ -10,7 +10,7 @@ import yaml
 
 from posttrain import record
 from posttrain.errors import UserError
-from posttrain.record import begin, checkouts, log, read_attempts, read_metrics, read_status, recording
+from posttrain.record import begin, checkouts, current, log, read_attempts, read_metrics, read_status, recording
 
 CHILD = """
 import os, signal, sys
@@ -108,6 +108,20 @@ def test_a_step_that_is_done_again_stands_there_once(tmp_path):
             log(tmp_path / "other", 10, {"loss": value})
     expected = [("policy", {"loss": 2.0}), ("policy", {"eval_loss": 2.0}), ("other", {"loss": 2.0})]
     assert [(row.pop("part"), row) for row in read_metrics(tmp_path) if row.pop("step")] == expected
+
+
+def test_what_was_logged_of_a_folder_goes_with_it(tmp_path):
+    with recording(["pipeline"]):
+        begin(tmp_path, {}, ["none"])
+        for part in ("dqo", "dqo/policy", "dqo-2/policy"):
+            log(tmp_path / part, 10, {"loss": 1.0})
+        (tmp_path / "tensorboard" / "dqo" / "policy").mkdir(parents=True)
+        current().move(tmp_path / "dqo", tmp_path / "dqo-abc")
+        log(tmp_path / "dqo" / "policy", 10, {"loss": 2.0})
+    assert [(row["part"], row["loss"]) for row in read_metrics(tmp_path)] == [
+        *(("dqo-abc", 1.0), ("dqo-abc/policy", 1.0), ("dqo-2/policy", 1.0), ("dqo/policy", 2.0)),
+    ]
+    assert (tmp_path / "tensorboard" / "dqo-abc" / "policy").is_dir()
 
 
 def test_without_a_run_and_beside_the_first_process_nothing_is_written(tmp_path):

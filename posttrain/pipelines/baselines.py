@@ -4,7 +4,6 @@ METHOD/policy/      the trained policy, an ordinary folder
 METHOD/trained/     its completions of the test problems
 """
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from posttrain.pipelines.checkpoints import last_checkpoint
 from posttrain.pipelines.ranks import Ranks, release
 from posttrain.pipelines.rollout import RolloutConfig, rollout
 from posttrain.pipelines.value_training import MADE_BY
-from posttrain.provenance import hash_json, plain, versions, write_json
+from posttrain.provenance import hash_json, plain, read_json, versions, write_json
 from posttrain.rollouts.table import RolloutTable
 from posttrain.trainers.baselines import TRAINERS, BaselineTraining, Method
 from posttrain.trainers.dqo_examples import check_vocabulary, examples_of
@@ -80,7 +79,7 @@ def train(
     """
     key = hash_json([method, table.manifest["shards"], policy.fingerprint, seed, plain(settings)])
     if (folder / MADE_BY).is_file():
-        made = json.loads((folder / MADE_BY).read_text(encoding="utf-8"))
+        made = read_json(folder / MADE_BY, "policy")
         if made["key"] != key:
             raise UserError(
                 f"policy: {folder} was trained on other completions or with other settings; delete it, or give another out"
@@ -112,7 +111,7 @@ def _learn(
         start.model, start.tokenizer, examples_of([table], policy.fingerprint, weighted=False), settings, scratch, seed
     )
     say(f"{TITLES[method]} on {len(trainer.train_dataset)} {'pairs' if method == 'dpo' else 'completions'}")
-    with follow(trainer, folder):
+    with follow(trainer, folder) as clock:
         trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
     rows = len(trainer.train_dataset)
     trainer.save_model(str(folder))
@@ -128,7 +127,7 @@ def _learn(
         "seed": seed,
         "rows": rows,
         "last": {name: value for name, value in log[-1].items() if value == value} if log else {},
-        "seconds": time.perf_counter() - started,
+        "seconds": clock.earlier + time.perf_counter() - started,
         "processes": ranks.count,
         "versions": versions(),
     }

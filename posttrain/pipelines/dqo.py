@@ -10,7 +10,6 @@ What is finished is not made again; an interrupted training continues from its l
 (`accelerate launch`) the first collects and measures, and all train.
 """
 
-import json
 import math
 import shutil
 import time
@@ -35,7 +34,7 @@ from posttrain.pipelines.checkpoints import last_checkpoint
 from posttrain.pipelines.engines import EngineName, Sampler
 from posttrain.pipelines.ranks import Ranks, release
 from posttrain.pipelines.rollout import RolloutConfig, check_overlap, lengths_by_verdict, rollout
-from posttrain.provenance import hash_files, hash_json, plain, versions, write_json
+from posttrain.provenance import hash_files, hash_json, plain, read_json, versions, write_json
 from posttrain.rollouts.collect import reserved
 from posttrain.rollouts.engine import Sampling
 from posttrain.rollouts.given import given_table
@@ -212,7 +211,8 @@ class DQORun:
 def run(config: DQORunConfig, say: Callable[[str], None] = print, tables_in: Path | None = None) -> DQORun | None:
     """What the first process measured; None in the others.
 
-    tables_in: the folder of `train`, and of a `test` that may have more completions of each prompt; default: the run's own.
+    tables_in: the folder of a finished `train`, and of a `test` that may have more completions of each prompt; default: the run's
+    own, which it samples.
     Errors: UserError naming the field, before anything is sampled where that is possible.
     """
     ranks = Ranks(config.device)
@@ -232,7 +232,8 @@ def run(config: DQORunConfig, say: Callable[[str], None] = print, tables_in: Pat
         Probe.from_pretrained(config.training.probe, policy.fingerprint)  # refused now, not after hours of sampling
     if ranks.first:
         _check_layers(config.training, policy)
-    ranks.alone(lambda: collect(policy))
+    if config.completions or not tables_in:
+        ranks.alone(lambda: collect(policy))
     table = read_table(_named_table(config) or collected)
     with reserved(out / "policy") if ranks.first else nullcontext():
         made = train(policy, table, config.training, out / "policy", config.seed, say, ranks)
@@ -337,7 +338,7 @@ def train(
     probe = [probe_fingerprint(config.probe)] if config.probe else []
     key = hash_json([table.manifest["shards"], policy.fingerprint, seed, plain(config), *probe])
     if (folder / MADE_BY).is_file():
-        made = json.loads((folder / MADE_BY).read_text(encoding="utf-8"))
+        made = read_json(folder / MADE_BY, "policy")
         if made["key"] != key:
             raise UserError(
                 f"policy: {folder} was trained on other completions or with other settings; delete it, or give another out"
@@ -409,7 +410,7 @@ def _learn(
         peft_config=_lora(config.lora_rank),
         value_peft_config=_lora(config.value_lora_rank),
     )
-    with follow(trainer, folder, SHOWN):
+    with follow(trainer, folder, SHOWN) as clock:
         trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save(folder)
     release(trainer)
@@ -422,7 +423,7 @@ def _learn(
         "completions": len(examples),
         "truncated": cut,
         "last": log[-1] if log else {},
-        "seconds": time.perf_counter() - started,
+        "seconds": clock.earlier + time.perf_counter() - started,
         "processes": trainer.args.world_size,
         "versions": versions(),
     }

@@ -25,14 +25,13 @@ from posttrain.model_card import write_card
 from posttrain.models.load import FINGERPRINTED, model_fingerprint, model_folder
 from posttrain.models.probe import Probe
 from posttrain.models.value import ValueModelConfig, value_fingerprint
-from posttrain.pipelines.pipeline import STAGE
 from posttrain.pipelines.qsharp import guide_folder
-from posttrain.provenance import hash_files, versions, write_json
+from posttrain.provenance import hash_files, read_json, versions, write_json
 from posttrain.rollouts.collect import check_folder
 
 POLICY, PROBE, ADAPTER, RUN = "policy", "probe", "adapter", "run"
 BESIDE = ("special_tokens_map.json", "added_tokens.json", "*.model", "*.safetensors.index.json")  # of a policy's files
-OWN = re.compile(r"(.*/)?(qsharp(_\d+)?|qprobe|dqo|grpo|plain|grpo_lambda)")  # arms of what is exported
+SUMMARY = "summary.json"
 
 
 @dataclass
@@ -41,6 +40,7 @@ class Found:
 
     parts: dict[str, list[Path]] = field(default_factory=lambda: {POLICY: [], VALUE: [], PROBE: [], ADAPTER: []})
     methods: list[str] = field(default_factory=list)
+    own_arms: list[str] = field(default_factory=list)  # patterns of the names of the arms that it is
     guidance: dict[str, Any] = field(default_factory=dict)
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
     own: str | None = None
@@ -83,7 +83,7 @@ def export(sources: Sequence[str], out: Path) -> list[str]:
         fingerprint = model_fingerprint(folder)
         notes = []
         if value is not None:
-            _check(value, json.loads((value / "config.json").read_text()).get("reference"), fingerprint, "value model")
+            _check(value, read_json(value / "config.json", "source").get("reference"), fingerprint, "value model")
             _copy(value, folder / VALUE)
             learned, values = LEARNED[_of_preferences(value)]
             notes.append(GUIDED.replace("LEARNED", learned).replace("VALUES", values))
@@ -126,15 +126,12 @@ def _kind(folder: Path) -> str:
     if (folder / "adapter_config.json").is_file():
         return ADAPTER
     if not (folder / "config.json").is_file():
-        if any((folder / name).is_file() for name in (record.CONFIG, STAGE)):
+        if any((folder / name).is_file() for name in (record.CONFIG, record.STAGE)):
             return RUN
         raise UserError(
             f"source: {folder} holds neither a run ({record.CONFIG}) nor a policy, adapter, value model or probe (config.json)"
         )
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"source: {folder / 'config.json'} is damaged") from None
+    config = read_json(folder / "config.json", "source")
     if config.get("model_type") == ValueModelConfig.model_type:
         if config.get("soft"):
             raise UserError(f"source: {folder} is DQO's value model, which guides no tokens; name the policy beside it")
@@ -163,21 +160,23 @@ def _find_of_run(folder: Path, found: Found) -> None:
     for measured in read_arms(folder):
         found.data = measured.title
         found.figures |= {arm.title: arm.summary() for arm in measured.arms}
-        found.own = next((arm.title for arm in reversed(measured.arms) if OWN.fullmatch(arm.name)), found.own)
+        own = re.compile(f"(.*/)?({'|'.join(found.own_arms)})")
+        found.own = next((arm.title for arm in reversed(measured.arms) if own.fullmatch(arm.name)), found.own)
 
 
 def _stages(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """A pipeline's, and their configurations, but for those that it has set aside under their old fingerprints."""
-    for path in folder.glob(f"*/{STAGE}"):
-        made = json.loads(path.read_text(encoding="utf-8"))
-        if not path.parent.name.endswith(f"-{made['key'][:12]}"):
-            yield path.parent, made["config"]
+    for path in folder.glob(f"*/{record.STAGE}"):
+        if not record.is_set_aside(path.parent):
+            yield path.parent, _config(path.parent)
 
 
 def _config(folder: Path) -> dict[str, Any]:
     """Of a run, or of a pipeline's stage."""
-    if (folder / STAGE).is_file():
-        return dict(json.loads((folder / STAGE).read_text(encoding="utf-8"))["config"])
+    if (folder / record.STAGE).is_file():
+        return dict(read_json(folder / record.STAGE, "source")["config"])
+    if (folder / SUMMARY).is_file():  # finished: a later attempt may have been refused, and has left its configuration
+        return dict(read_json(folder / SUMMARY, "source")["manifest"]["config"])
     return read_yaml(folder / record.CONFIG)
 
 
@@ -189,19 +188,23 @@ def _find_made(folder: Path, config: dict[str, Any], found: Found, trained: bool
         found.parts[VALUE].append(guide_folder(folder, config.get("history", 1), number))
         preferences = _of_preferences(rounds[-1].parent)
         found.methods.append("IPL" if preferences else "Q#")
+        found.own_arms.append(r"qsharp(_\d+)?")
         beta = {} if preferences else {"beta": config.get("beta")}  # IPL's runs have not used theirs
         found.guidance = {**beta, "guidance": config.get("guidance") or {}}
     if (folder / PROBE / "config.json").is_file():
         found.parts[PROBE].append(folder / PROBE)
         found.methods.append("Q-Probe")
+        found.own_arms.append("qprobe")
     if trained and (folder / POLICY / "made_by.json").is_file():
         found.parts[POLICY].append(folder / POLICY)
         found.methods.append("DQO")
+        found.own_arms.append("dqo")
     arms = [folder / str(name) for name in config.get("arms") or ()]
     made = [arm for arm in arms if (arm / "made_by.json").is_file()]
     if trained and made:
         found.parts[POLICY].append(made[-1])
         found.methods.append("GRPO-lambda" if made[-1].name == "grpo_lambda" else "GRPO")
+        found.own_arms.append(re.escape(made[-1].name))
 
 
 def _one(folders: Sequence[Path], fingerprint: Any, plural: str) -> Path | None:
@@ -215,7 +218,7 @@ def _one(folders: Sequence[Path], fingerprint: Any, plural: str) -> Path | None:
 
 
 def _of_preferences(value: Path) -> bool:
-    return bool(json.loads((value / "config.json").read_text(encoding="utf-8")).get("preferences"))
+    return bool(read_json(value / "config.json", "source").get("preferences"))
 
 
 def _adapter_fingerprint(folder: Path) -> str:

@@ -12,7 +12,6 @@ processes (`accelerate launch`) the first measures, and all sample and train.
 """
 
 import dataclasses
-import json
 import math
 import os
 import re
@@ -40,7 +39,7 @@ from posttrain.pipelines.checkpoints import last_checkpoint
 from posttrain.pipelines.engines import KEY, Sampler
 from posttrain.pipelines.ranks import Ranks, release
 from posttrain.pipelines.rollout import RolloutConfig, check_overlap, lengths_by_verdict, rollout
-from posttrain.provenance import hash_json, plain, versions, write_json
+from posttrain.provenance import hash_json, plain, read_json, versions, write_json
 from posttrain.rewards.math import grade
 from posttrain.rollouts.collect import prompts_for, reserved
 from posttrain.rollouts.engine import Sampling
@@ -316,7 +315,7 @@ def train(
     guard = {name: value for name, value in plain(config).items() if name.startswith("validation")}
     key = hash_json([policy.fingerprint, config.seed, config.prompt, settings, guard, _asked(rows, held_out)])
     if (folder / MADE_BY).is_file():
-        made = json.loads((folder / MADE_BY).read_text(encoding="utf-8"))
+        made = read_json(folder / MADE_BY, "policy")
         if made["key"] != key:
             raise UserError(
                 f"out: {folder} was trained on other problems or with other settings; delete it, or give another out"
@@ -365,7 +364,7 @@ def _learn(
                 peft_config=_adapter(config.training),
                 rollout_func=rollouts,
             )
-        with follow(trainer, folder):
+        with follow(trainer, folder) as clock:
             trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
     # Of all ranks together, where each has but a part of the weights, whether or not the launcher thought of saving.
     whole = trainer.model_wrapped._zero3_consolidated_16bit_state_dict() if is_deepspeed_zero3_enabled() else None
@@ -377,7 +376,7 @@ def _learn(
         "settings": plain(_settings(config, arm)),
         "seed": config.seed,
         "log": trainer.state.log_history,
-        "seconds": time.perf_counter() - started,
+        "seconds": clock.earlier + time.perf_counter() - started,
         "processes": trainer.args.world_size,
         "versions": versions(),
     }

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from posttrain import record
 from posttrain.config import build, within
 from posttrain.errors import UserError, nearest
 from posttrain.evaluation.arms import Arm, sampled_arms
@@ -31,6 +32,7 @@ from posttrain.pipelines import dqo, grpo_lambda, qprobe, qsharp
 from posttrain.pipelines.ranks import one_process
 from posttrain.pipelines.rollout import RolloutConfig, check_overlap, rollout
 from posttrain.provenance import hash_json, plain, versions, write_json
+from posttrain.record import STAGE
 from posttrain.rollouts.collect import check_folder, reserved
 from posttrain.rollouts.engine import Sampling
 from posttrain.rollouts.table import RolloutTable, is_finished
@@ -44,7 +46,8 @@ METHODS: dict[str, tuple[ModuleType, type]] = {
 }
 # Those draw their own training problems, of which this is the fingerprint, and no table of completions.
 ONLINE: dict[str, Callable[[Any], str]] = {"grpo-lambda": grpo_lambda.problems_fingerprint}
-STAGE = "stage.json"
+# Fields of how the shared tables are sampled that the methods' own commands have, and a pipeline has not.
+OF_TABLES = ("top_p", "least_train_samples", "engine", "urls")
 SAMPLED = ("base", "majority", "oracle")  # arms of the base alone, which every method's own run has too
 DEFINED = ("pass@1", "maj@k", "pass@k", *(name for name in qsharp.DEFINED if name not in ("pass@1", "maj@k", "pass@k")))
 
@@ -128,6 +131,8 @@ def stages_of(config: PipelineConfig) -> list[Stage]:
         shared = _shared(config, method)
         for taken in own.keys() & {"out", *shared}:
             raise UserError(f"{here}.{taken}: is the same for all stages; give it once, outside of them")
+        for taken in own.keys() & {*OF_TABLES} if method not in ONLINE else ():
+            raise UserError(f"{here}.{taken}: the stages share tables that the pipeline has sampled; leave it out")
         if "test_data" in own:
             raise UserError(f"{here}.test_data: all stages are measured on the same problems; leave it out")
         try:
@@ -235,10 +240,10 @@ def _outcome(stage: Stage, policy: str, tables: Mapping[str, RolloutTable], say:
     }
     key = hash_json(made_from)
     _settle(folder, key, say)
-    record = _record(folder)
-    if "outcome" in record:
+    made = _made(folder)
+    if "outcome" in made:
         say(f"{stage.name}: kept")
-        return _read(record["outcome"])
+        return _read(made["outcome"])
     say(f"{stage.name}:")
     folder.mkdir(exist_ok=True)
     write_json(folder / STAGE, {"key": key, **made_from})
@@ -270,17 +275,23 @@ def named_files(config: Any, prefix: str = "") -> dict[str, str]:
 
 def _settle(folder: Path, key: str, say: Callable[[str], None]) -> None:
     """Sets aside what other settings left in a stage's folder, and takes back what these once left."""
-    before = _record(folder).get("key", key)
+    before = _made(folder).get("key", key)
     if before != key:
         aside = folder.with_name(f"{folder.name}-{before[:12]}")
         say(f"{folder.name}: its settings, the base or what it learns from changed; what was there is now {aside}")
-        folder.rename(aside)
+        _move(folder, aside)
     kept = folder.with_name(f"{folder.name}-{key[:12]}")
     if not folder.exists() and kept.exists():
-        kept.rename(folder)
+        _move(kept, folder)
 
 
-def _record(folder: Path) -> dict[str, Any]:
+def _move(folder: Path, to: Path) -> None:
+    folder.rename(to)
+    if run := record.current():
+        run.move(folder, to)
+
+
+def _made(folder: Path) -> dict[str, Any]:
     path = folder / STAGE
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

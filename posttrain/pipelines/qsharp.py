@@ -17,7 +17,6 @@ evaluates, and all train.
 """
 
 import itertools
-import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -46,7 +45,7 @@ from posttrain.pipelines.matching import beta_of_kl
 from posttrain.pipelines.ranks import Ranks
 from posttrain.pipelines.rollout import RolloutConfig, check_overlap, lengths_by_verdict, rollout
 from posttrain.pipelines.value_training import MADE_BY, ValueTraining, train_value
-from posttrain.provenance import hash_json, plain, versions, write_json
+from posttrain.provenance import hash_json, plain, read_json, versions, write_json
 from posttrain.rollouts.collect import completion_seed, prompts_for
 from posttrain.rollouts.engine import LEAST_BETA, Request, Sampling
 from posttrain.rollouts.rollin import cut_completions
@@ -405,7 +404,7 @@ class Work:
         guide, cd = self.guide(number), self.guide(number, "cd")
         prompts = hash_json(self.matching_rows)
         asked = plain({"guide": guide.settings, "beta": self.config.beta, "prompts": prompts})
-        made = json.loads(kept.read_text()) if kept.is_file() else {}
+        made = read_json(kept, "out") if kept.is_file() else {}
         if made.get("asked") != asked:
             self.say(f"round {number}: looking for the beta at which CD has the KL of Q#")
             target = self.mean_kl(guide, self.config.beta)

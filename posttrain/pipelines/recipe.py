@@ -1,6 +1,5 @@
 """Recipes: a configuration whose header says which command takes it and how that is launched."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from posttrain.pipelines.pipeline import PipelineConfig, stages_of
 from posttrain.pipelines.qprobe import QProbeConfig
 from posttrain.pipelines.qsharp import QSharpConfig
 from posttrain.pipelines.rollout import RolloutConfig
+from posttrain.provenance import read_json
 from posttrain.rollouts.engine import Sampling
 
 FOLDER = Path(__file__).parent / "recipes"  # the repository's, a part of the package
@@ -108,7 +108,10 @@ def launch_of(recipe: Recipe) -> Launch:
     settings = values.get("deepspeed_config", {}).get("deepspeed_config_file")
     if settings is None:
         raise UserError(f"deepspeed_config_file: missing in {recipe.launcher}")
-    zero = json.loads(_beside(settings, "deepspeed_config_file").read_text())["zero_optimization"]
+    path = _beside(settings, "deepspeed_config_file")
+    zero = read_json(path, "deepspeed_config_file").get("zero_optimization")
+    if not isinstance(zero, dict) or "stage" not in zero:
+        raise UserError(f"deepspeed_config_file: {path} has no zero_optimization with a stage")
     return Launch(ranks, zero["stage"], zero.get("offload_optimizer", {}).get("device", "none") != "none")
 
 

@@ -1,7 +1,6 @@
 """From rollout tables to a saved value model: once, and from where an interrupted training stood."""
 
 import itertools
-import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from posttrain.models.load import Policy
 from posttrain.models.value import Head, base_fingerprint, new_value_model
 from posttrain.pipelines.checkpoints import last_checkpoint
 from posttrain.pipelines.ranks import Ranks, release
-from posttrain.provenance import hash_json, plain, versions, write_json
+from posttrain.provenance import hash_json, plain, read_json, versions, write_json
 from posttrain.rollouts.collect import reserved
 from posttrain.rollouts.table import RolloutTable
 
@@ -133,7 +132,7 @@ def _train(
         ]
     )
     if (folder / MADE_BY).is_file():
-        made = json.loads((folder / MADE_BY).read_text(encoding="utf-8"))
+        made = read_json(folder / MADE_BY, "value")
         if made["key"] != key:
             raise UserError(
                 f"value: {folder} was trained on other completions or with other settings; delete it, or give another out"
@@ -181,7 +180,7 @@ def _train(
         if config.lora_rank
         else None,
     )
-    with follow(trainer, folder):
+    with follow(trainer, folder) as clock:
         trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
     metrics = {name.removeprefix("eval_"): float(number) for name, number in trainer.evaluate().items()}
     trainer.save(folder)
@@ -194,7 +193,7 @@ def _train(
         "completions": {"train": len(train), "held_out": len(held_out)},
         "metrics": defined({name: metrics[name] for name in METRICS if name in metrics}),
         "by_position": [defined(entry) for entry in trainer.by_position],
-        "seconds": time.perf_counter() - started,
+        "seconds": clock.earlier + time.perf_counter() - started,
         "processes": trainer.args.world_size,
         "versions": versions(),
     }

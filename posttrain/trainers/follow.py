@@ -1,7 +1,8 @@
 """What a transformers Trainer logs, in the record of the run and wherever else it reports to; its progress on a terminal; what
-SIGTERM does to it; and in which order one that was ended in the middle of an epoch goes on."""
+SIGTERM does to it; and of one that was ended early, in which order it goes on, and how long it had taken."""
 
 import signal
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -24,15 +25,17 @@ LOSS = {"loss": "loss"}
 
 
 @contextmanager
-def follow(trainer: Any, folder: Path, shown: Mapping[str, str] = LOSS) -> Iterator[None]:
+def follow(trainer: Any, folder: Path, shown: Mapping[str, str] = LOSS) -> Iterator["Clock"]:
     """A training within it, instead of the trainer's own ways to print. folder: what it makes, within the run's, which names its
-    lines; shown: which of what it logs stands beside the bar, and as what."""
+    lines; shown: which of what it logs stands beside the bar, and as what. Yields what knows of former attempts' time."""
     with ExitStack() as stack:  # a training that fails has no end of which a callback is told
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(_Progress(folder.name, shown, stack))
         trainer.add_callback(_Stop(stack))
         trainer.add_callback(_Order())
+        clock = Clock()
+        trainer.add_callback(clock)
         run = record.current()
         if run is not None:
             events = run.folder / record.EVENTS / run.part(folder)
@@ -40,7 +43,21 @@ def follow(trainer: Any, folder: Path, shown: Mapping[str, str] = LOSS) -> Itera
             trainer.add_callback(_Record(run, folder, events, reports))
             for report in reports:
                 trainer.add_callback(report)
-        yield
+        yield clock
+
+
+class Clock(TrainerCallback, ExportableState):
+    """earlier: seconds that former attempts took up to the checkpoint from which a training goes on."""
+
+    def __init__(self) -> None:
+        self.earlier, self.begun = 0.0, time.perf_counter()
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"seconds": self.earlier + time.perf_counter() - self.begun}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        known = state.stateful_callbacks.get(type(self).__name__)
+        self.earlier = known["attributes"]["seconds"] if known else 0.0
 
 
 class _Stop(TrainerCallback):

@@ -121,9 +121,23 @@ def test_a_stage_of_a_pipeline_and_the_whole_of_it(runs, tmp_path):
         (aside / "stage.json").write_text(json.dumps({"key": 16 * "a", "config": {"model": "tiny", "beta": 0.7}}))
         export([str(pipeline)], tmp_path / "again")
         assert json.loads((tmp_path / "again" / "posttrain.json").read_text())["beta"] == 0.3
+        trained = (arm("qsharp_2", "Q#, round 2", 0.9, 20, 70, 1), arm("grpo_lambda", "GRPO-lambda", 0.9, 20, 70, 1))
+        page(pipeline, arms(20, *trained), [f"{i}+1" for i in range(20)])
+        export([str(pipeline)], tmp_path / "card")  # whose weights are not those of GRPO
+        card = (tmp_path / "card" / "README.md").read_text()
+        assert "| **Q#, round 2** |" in card and "| GRPO-lambda |" in card
     finally:
         for run in ("guided", "probed"):
             (runs / run / "stage.json").unlink()
+
+
+def test_a_refused_attempt_changes_nothing_of_a_finished_run(runs, tmp_path):
+    run = shutil.copytree(runs / "guided", tmp_path / "run")
+    measured = {"model": "tiny", "beta": 0.3, "guidance": {"candidates": 7}}
+    (run / "summary.json").write_text(json.dumps({"manifest": {"config": measured}}))
+    (run / "config.yaml").write_text(yaml.safe_dump({**measured, "beta": 0.9}))  # asked for, and refused
+    export([str(run)], tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "posttrain.json").read_text())["beta"] == 0.3
 
 
 def test_a_value_model_of_preferences_is_not_called_one_of_returns(runs, tmp_path):

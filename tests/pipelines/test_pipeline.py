@@ -130,6 +130,14 @@ def test_a_changed_stage_is_run_again_and_taken_back_when_the_change_is_undone(t
 
 
 @pytest.mark.slow
+def test_a_stage_that_trains_in_float32_reads_what_a_base_in_bfloat16_has_sampled(tmp_path):
+    (stage,) = (each for each in DEMO["stages"] if each["method"] == "dqo")
+    result = module.run(small(tmp_path, stages=[{**stage, "baselines": []}], dtype="bfloat16"), lambda _: None)
+    assert "dqo" in result.arms and result.tables["train"].manifest["settings"]["dtype"] == "bfloat16"
+    assert result.outcomes["dqo"].manifest["training"]["completions"] == len(result.tables["train"])
+
+
+@pytest.mark.slow
 def test_a_stage_is_run_again_where_a_file_that_it_names_has_changed(tmp_path):
     policy = load_model("tiny", "cpu")
     given, folder = tmp_path / "given.jsonl", tmp_path / "probe"
@@ -234,6 +242,8 @@ def test_online_stages_alone_need_no_table_of_completions(tmp_path):
         ({"stages": [{"method": "dqo", "name": "a/b"}]}, "stages[0].name: must be a word of letters"),
         ({"stages": [{"method": "dqo", "seed": 1}]}, "stages[0].seed: is the same for all stages; give it once"),
         ({"stages": [{"method": "qsharp", "test_data": "x"}]}, "stages[0].test_data: all stages are measured on the same"),
+        ({"stages": [{"method": "qprobe", "top_p": 0.9}]}, "stages[0].top_p: the stages share tables that the pipeline has"),
+        ({"stages": [{"method": "dqo", "engine": "vllm"}]}, "stages[0].engine: the stages share tables that the pipeline"),
         ({"stages": [{"method": "dqo", "out": "x"}]}, "stages[0].out: is the same for all stages; give it once"),
         ({"stages": [{"method": "dqo", "baseline": []}]}, "stages[0].baseline: unknown field (did you mean baselines?)"),
         (

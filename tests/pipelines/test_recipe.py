@@ -1,5 +1,6 @@
 """What is refused of a recipe, and that all of ours are right and fit."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -131,3 +132,16 @@ def test_a_name_that_is_none_gets_a_suggestion():
 
 def test_the_package_has_the_recipes():
     assert FOLDER.resolve() == Path("recipes").resolve()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "is damaged"), ("{}", "no zero_optimization"), ('{"zero_optimization": {}}', "no zero")]
+)
+def test_a_deepspeed_file_that_is_none_is_one_line(text, message, tmp_path):
+    (tmp_path / "ds.json").write_text(text)
+    launcher = {"num_processes": 2, "distributed_type": "DEEPSPEED"}
+    launcher["deepspeed_config"] = {"deepspeed_config_file": str(tmp_path / "ds.json")}
+    (tmp_path / "zero.yaml").write_text(yaml.safe_dump(launcher))
+    recipe = replace(read("dqo/qwen2_7b_gsm8k"), launcher=tmp_path / "zero.yaml")
+    with pytest.raises(UserError, match=f"^deepspeed_config_file: .*ds.json .*{message}"):
+        launch_of(recipe)

@@ -1,5 +1,6 @@
 """A training of a handful of steps: what it logs, in the record of the run."""
 
+import json
 import signal
 
 import pytest
@@ -55,8 +56,17 @@ def test_an_interrupted_training_logs_every_step_once(tmp_path, capsys):
     with recording(["dqo"]):
         begin(parts, {}, ["tensorboard"])
         trainer = training(parts)
-        with follow(trainer, parts / "policy"):
+        saved = parts / "scratch" / "checkpoint-4" / "trainer_state.json"
+        state = json.loads(saved.read_text())
+        assert 0 < state["stateful_callbacks"]["Clock"]["attributes"]["seconds"] < 600
+        state["stateful_callbacks"]["Clock"]["attributes"]["seconds"] = 3600.0
+        saved.write_text(json.dumps(state))
+        with follow(trainer, parts / "policy") as clock:
+            assert clock.earlier == 0.0
             trainer.train(resume_from_checkpoint=True)
+        assert clock.earlier == 3600.0
+        last = json.loads((parts / "scratch" / "checkpoint-8" / "trainer_state.json").read_text())
+        assert 3600 < last["stateful_callbacks"]["Clock"]["attributes"]["seconds"] < 4200
     losses = [
         [(row["part"], row["step"], row["loss"]) for row in read_metrics(folder) if "loss" in row]
         for folder in (whole, parts)
