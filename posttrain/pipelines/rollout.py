@@ -81,7 +81,7 @@ def rollout(
     prompts = prompts_for(rows, policy.tokenizer, template)
     grader = grader_fingerprint()[:16]
     with config.sampler.open(policy, config.slots, guide) as engine:
-        check_prompts(prompts, engine, config.sampling)
+        check_prompts(prompts, engine, config.sampling, config.beta)
         say(f"prompt of row {prompts[0].id!r}, {len(prompts[0].ids)} tokens, as the model sees it:")
         say(shortened(policy.tokenizer.decode(prompts[0].ids, skip_special_tokens=False)))
         table = collect(

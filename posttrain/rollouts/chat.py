@@ -73,9 +73,13 @@ class ChatEngine:
         request that it refuses, and when it answers none for `patience` seconds."""
         waiting = list(requests)
         for request in waiting:
-            if request.beta is not None or request.sampling.stop_ids:
-                raise UserError("base-url: a chat endpoint takes neither a guide nor stop ids; leave them out")
+            self.check(request)
         return self._run(waiting)
+
+    def check(self, request: Request) -> None:
+        """Errors: UserError for what a chat endpoint is not asked for."""
+        if request.beta is not None or request.sampling.stop_ids:
+            raise UserError("base-url: a chat endpoint takes neither a guide nor stop ids; leave them out")
 
     def _run(self, requests: list[Request]) -> Iterator[Completion]:
         left, lock, ended = iter(requests), threading.Lock(), threading.Event()

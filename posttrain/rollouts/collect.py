@@ -8,6 +8,7 @@ shows where a run was killed.
 import errno
 import fcntl
 import hashlib
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,7 +39,7 @@ from posttrain.rollouts.table import (
 
 SHARD_COMPLETIONS = 256  # what a kill can cost, against the end of each shard, where the batch runs empty
 DECISIVE = ("torch", "transformers")  # versions that a resumed collection must share
-MAY_DIFFER = {"threads", "slots", "device", "grader", *DECISIVE}  # once every shard is there
+MAY_DIFFER = {"threads", "slots", "device", "grader", "vllm", *DECISIVE}  # once every shard is there
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,9 @@ def collect(
         shard_prompts = -(-SHARD_COMPLETIONS // samples)
     if shard_prompts < 1:
         raise UserError(f"shard_prompts: must be at least 1, got {shard_prompts}")
-    check_prompts(prompts, engine, sampling)
+    check_prompts(prompts, engine, sampling, beta)
+    if prefixes and sampling.stop:
+        raise UserError("stop: a text that begins in what was rolled in would not be seen; leave stop texts out")
     for (prompt_id, _), prefix in (prefixes or {}).items():
         if prefix.finish_reason is None and len(prefix.ids) >= sampling.max_tokens:
             raise UserError(
@@ -172,13 +175,17 @@ def collect(
     return read_table(out)
 
 
-def check_prompts(prompts: Sequence[Prompt], engine: Engine, sampling: Sampling) -> None:
-    """Errors: UserError naming `data`, `prompt` or `max_tokens`, with the row that cannot be sampled."""
+def check_prompts(prompts: Sequence[Prompt], engine: Engine, sampling: Sampling, beta: float | None = None) -> None:
+    """Errors: UserError naming `data`, `prompt` or `max_tokens`, with the row that cannot be sampled, or what the engine cannot do."""
     if not prompts:
         raise UserError("data: there is no prompt to sample")
     seen: set[str] = set()
-    for prompt in prompts:
-        check_request(Request(0, prompt.ids, sampling), engine.context, f"row {prompt.id!r}")
+    if beta is not None and math.isinf(beta):
+        raise UserError("beta: an infinite one does not guide; leave it out")
+    for index, prompt in enumerate(prompts):
+        request = Request(index, prompt.ids, sampling, beta)
+        check_request(request, engine.context, f"row {prompt.id!r}")
+        engine.check(request)
         if prompt.id in seen:
             raise UserError(f"data: two rows have the id {prompt.id!r}; ids must be unique")
         seen.add(prompt.id)

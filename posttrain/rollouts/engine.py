@@ -148,6 +148,10 @@ class Engine(Protocol):
     @property
     def settings(self) -> dict[str, Any]: ...
 
+    def check(self, request: Request) -> None:
+        """Errors: UserError for a request that this engine cannot fulfil."""
+        ...
+
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Every request's completion, once, as they finish. Errors: UserError for a request that cannot fit, before any
         generation."""

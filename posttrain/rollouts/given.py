@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 from unicodedata import normalize
 
+from jinja2 import TemplateError
+
 from posttrain.data.load import read_rows
 from posttrain.data.prompts import render
 from posttrain.errors import UserError
@@ -72,11 +74,16 @@ def _row(row: dict[str, Any], tokenizer: Any, where: str) -> dict[str, Any]:
     prompt, completion, truncated = row.get("prompt"), row.get("completion"), bool(row.get("truncated"))
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
+    elif isinstance(prompt, list) and not all(_is_message(message) for message in prompt):
+        raise UserError(f"completions: {where} has a prompt whose messages are not all {{role, content}}, two texts")
     prompt_ids, completion_ids = row.get("prompt_ids"), row.get("completion_ids")
     if prompt_ids is None:
         if not isinstance(prompt, list):
             raise UserError(f"completions: {where} has neither prompt_ids nor a prompt, a text or a list of messages")
-        prompt_ids = render(tokenizer, prompt)
+        try:
+            prompt_ids = render(tokenizer, prompt)
+        except (TemplateError, ValueError) as error:
+            raise UserError(f"completions: {where} has a prompt that the chat template refuses: {error}") from None
     if completion_ids is None:
         if not isinstance(completion, str):
             raise UserError(f"completions: {where} has neither completion_ids nor a completion, which is a text")
@@ -94,6 +101,17 @@ def _row(row: dict[str, Any], tokenizer: Any, where: str) -> dict[str, Any]:
     for name, ids in (("prompt_ids", prompt_ids), ("completion_ids", completion_ids)):
         if not isinstance(ids, list) or not all(isinstance(i, int) and 0 <= i < largest for i in ids):
             raise UserError(f"completions: {where} has {name} that are not a list of token ids below {largest}")
+    length, logprobs, steps = len(completion_ids), row.get("logprobs"), row.get("process_rewards")
+    if logprobs is not None and not (
+        isinstance(logprobs, list) and len(logprobs) == length and all(map(_is_number, logprobs))
+    ):
+        raise UserError(
+            f"completions: {where} has logprobs that are not a list of {length} numbers, one for each token"
+        )
+    if steps is not None and not (isinstance(steps, list) and all(_is_step(step, length) for step in steps)):
+        raise UserError(
+            f"completions: {where} has process_rewards that are not a list of {{token, reward}}, tokens below {length}"
+        )
     return {
         "prompt": prompt if isinstance(prompt, list) else [],
         "prompt_ids": prompt_ids,
@@ -107,16 +125,31 @@ def _row(row: dict[str, Any], tokenizer: Any, where: str) -> dict[str, Any]:
         "verdict": None,
         "reward": float(reward),
         "correct": reward > 0.5,
-        "logprobs": row.get("logprobs"),
+        "logprobs": logprobs,
         "policy": "given",
         "guide": None,
         "beta": None,
         "kl": 0.0,
         "log_ratio": 0.0,
-        "process_rewards": row.get("process_rewards"),
+        "process_rewards": steps,
         "cut": 0,
         "sampling": None,
     }
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(name), str) for name in ("role", "content"))
+
+
+def _is_step(step: Any, length: int) -> bool:
+    if not isinstance(step, dict) or not _is_number(step.get("reward")):
+        return False
+    token = step.get("token")
+    return isinstance(token, int) and 0 <= token < length
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _check_spelt(text: str, ids: list[int], tokenizer: Any, where: str) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 
 from posttrain.decoding.vllm import VLLMGuide
 from posttrain.errors import UserError
-from posttrain.rollouts.engine import Completion, Request
-from posttrain.rollouts.vllm import Precision, VLLMEngine
+from posttrain.rollouts.engine import Completion, Request, check_request
+from posttrain.rollouts.vllm import Precision, VLLMEngine, check_law
 
 PASSED_ON = ("OMP_NUM_THREADS", "VLLM_", "HF_HUB_OFFLINE")  # of this process's environment, to those on other machines
 KEPT_BACK = ("KEY", "VLLM_HOST_IP")  # Ray shows what it passes on; an address is one machine's
@@ -72,6 +72,11 @@ class RayEngine:
         for checked in [replica.check.remote(part) for replica, part in given]:
             _got(checked)
         return self._run(given)
+
+    def check(self, request: Request) -> None:
+        """Errors: UserError for a request that no replica can fulfil; each says itself what else it cannot."""
+        check_request(request, self.context)
+        check_law(request.sampling)
 
     def _run(self, given: Sequence[tuple[Any, Sequence[Request]]]) -> Iterator[Completion]:
         import ray

@@ -6,6 +6,7 @@ it, same weights and seeds give the same law, and equal rows only where batches 
 
 import asyncio
 import json
+import math
 import queue
 import tempfile
 import threading
@@ -22,6 +23,7 @@ from posttrain.errors import UserError
 from posttrain.models.load import model_fingerprint
 from posttrain.rollouts.engine import Completion, Request, Sampling, check_request
 from posttrain.rollouts.replicas import Replicas
+from posttrain.rollouts.vllm import check_law
 
 TIMEOUT, PATIENCE = 600.0, 120.0  # seconds
 
@@ -92,14 +94,28 @@ class ServiceEngine:
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Completions as they finish. Errors: UserError for a request that cannot fit, before any generation; one naming `url`
         when there is no replica for too long."""
-        waiting, vocab = list(requests), self._identity["vocab"]
+        waiting = list(requests)
         for request in waiting:
-            check_request(request, self.context)
-            if request.beta is not None and self.guide is None:
-                raise UserError("beta: this engine has no guide; give it a value model, or leave beta out")
-            if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < vocab:
-                raise UserError(f"prompt: request {request.id} has token ids outside the model's vocabulary of {vocab}")
+            self.check(request)
         return self._run(waiting)
+
+    def check(self, request: Request) -> None:
+        """Errors: UserError for a request that this engine cannot fulfil."""
+        check_request(request, self.context)
+        check_law(request.sampling)
+        for name, asked in (("top_logprobs", request.top_logprobs > 0), ("explain", request.explain)):
+            if asked:
+                raise UserError(
+                    f"{name}: a service tells the sampled tokens alone; leave it out, or use another engine"
+                )
+        if request.beta is not None:
+            if self.guide is None:
+                raise UserError("beta: this engine has no guide; give it a value model, or leave beta out")
+            if math.isinf(request.beta):
+                raise UserError("beta: an infinite one does not guide; leave it out")
+        vocab = self._identity["vocab"]
+        if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < vocab:
+            raise UserError(f"prompt: request {request.id} has token ids outside the model's vocabulary of {vocab}")
 
     def _run(self, requests: list[Request]) -> Iterator[Completion]:
         done: queue.SimpleQueue[Completion | None] = queue.SimpleQueue()

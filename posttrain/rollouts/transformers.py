@@ -74,6 +74,7 @@ class TransformersEngine:
             self.context = min(self.context, guide.context)
         self.vocab: int = config.vocab_size
         self.eos_ids = end_ids(model, tokenizer) if eos_ids is None else frozenset(eos_ids)
+        self._own_ends = eos_ids is not None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -84,6 +85,7 @@ class TransformersEngine:
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": self.model.device.type,
             "threads": torch.get_num_threads(),
+            **({"eos_ids": sorted(self.eos_ids)} if self._own_ends else {}),
             **({"guidance": self.guide.settings} if self.guide is not None else {}),
         }
 

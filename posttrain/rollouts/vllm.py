@@ -4,6 +4,7 @@ the law that was really sampled from.
 Same weights and seeds give the same law, and equal rows only where batches are composed alike: vLLM's kernels round by batch.
 """
 
+import argparse
 import math
 import os
 import tempfile
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, get_args
+from weakref import WeakValueDictionary
 
 from posttrain.decoding.vllm import (
     BETA,
@@ -31,6 +33,7 @@ from posttrain.rollouts.engine import Candidate, Completion, GuidedStep, Request
 
 MEMORY_SHARE = 0.85  # of a GPU, for weights and cache together
 Precision = Literal["auto", "float32", "bfloat16"]
+COLD, HOT = 0.01, 2.0  # vLLM samples at 0.01 where it is asked for less, and refuses more than 2
 CPU_CACHE_GIB = "1"  # VLLM_CPU_KVCACHE_SPACE, unless the user says so: vLLM's own default is a share of all memory
 
 
@@ -104,6 +107,7 @@ class VLLMEngine:
         self.vocab: int = self.llm.llm_engine.model_config.get_vocab_size()
         self.slots = slots
         self._calls = 0
+        self.batches: WeakValueDictionary[str, Batch] = WeakValueDictionary()
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -139,6 +143,14 @@ class VLLMEngine:
         from vllm.exceptions import VLLMValidationError
 
         check_request(request, self.context)
+        check_law(request.sampling)
+        most = self.llm.llm_engine.model_config.max_logprobs
+        if 0 <= most < request.top_logprobs:
+            raise UserError(f"top_logprobs: this engine tells at most {most}, got {request.top_logprobs}")
+        if any(not 0 <= token < self.vocab for token in request.sampling.stop_ids):
+            raise UserError(
+                f"stop_ids: the model's vocabulary has {self.vocab} tokens, got {request.sampling.stop_ids}"
+            )
         try:
             parameters(request, "")
         except VLLMValidationError as error:
@@ -219,14 +231,24 @@ def check_for_vllm(
         raise UserError(f"dtype: must be float32 or bfloat16, got {dtype!r}")
 
 
+def check_law(sampling: Sampling) -> None:
+    """Errors: UserError naming a temperature at which vLLM would sample from another law, or not at all."""
+    if sampling.temperature > HOT or 0 < sampling.temperature < COLD:
+        raise UserError(
+            f"temperature: vLLM samples at 0 (greedy) or from {COLD} to {HOT}, got {sampling.temperature}; the transformers "
+            "engine takes any"
+        )
+
+
 def _given(words: Sequence[str]) -> dict[str, Any]:
-    """Options of vLLM's command line, as `vllm.LLM` takes them."""
+    """Options of vLLM's command line, as `vllm.LLM` takes them: those that are said, also where they say vLLM's own default."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="vllm's options"))
-    defaults = vars(parser.parse_args([]))
-    return {name: value for name, value in vars(parser.parse_args(list(words))).items() if value != defaults[name]}
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return vars(parser.parse_args(list(words)))
 
 
 def repack_tied_head(model: Any) -> None:
@@ -331,6 +353,8 @@ class Batch:
         self._vllm: Any = engine.llm.llm_engine
         self._rows: dict[str, Row] = {}
         self._internal: dict[str, str] = {}  # vLLM's own names
+        self._said: list[Any] = []  # of these rows by vLLM, and not yet looked at
+        engine.batches[str(number)] = self
 
     @property
     def rows(self) -> list[Row]:
@@ -349,8 +373,12 @@ class Batch:
 
     def step(self) -> list[Completion]:
         """Whatever vLLM has to say next; the completions that it finished."""
-        finished = []
-        for said in self._vllm.step():
+        if not self._said:
+            for said in self._vllm.step():  # of all batches
+                if batch := self.engine.batches.get(said.request_id.partition("-")[0]):
+                    batch._said.append(said)
+        heard, self._said, finished = self._said, [], []
+        for said in heard:
             name, row = said.request_id, self._rows.get(said.request_id)
             if row is None:
                 continue

@@ -40,6 +40,8 @@ class Adder:
         self.delay = delay
         self.asked: list[Request] = []
 
+    def check(self, request: Request) -> None: ...
+
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         for request in requests:
             time.sleep(self.delay)

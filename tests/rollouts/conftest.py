@@ -50,6 +50,8 @@ class ScriptedEngine:
     def __init__(self) -> None:
         self.requests: list[Request] = []
 
+    def check(self, request: Request) -> None: ...
+
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         for request in reversed(list(requests)):
             self.requests.append(request)

@@ -8,7 +8,7 @@ from pathlib import Path
 from posttrain.errors import UserError
 from posttrain.models.load import load_model
 from posttrain.rollouts.engine import Request, Sampling
-from posttrain.rollouts.vllm import VLLMEngine
+from posttrain.rollouts.vllm import VLLMEngine, _given
 
 
 def requests(prompts, law, seed=0):
@@ -41,6 +41,9 @@ def main():
         abandoned.close()
         found["unfinished"] = engine.llm.llm_engine.has_unfinished_requests()
         found["after it"] = plain(engine.generate(greedy))
+        sides = [engine.generate(greedy), engine.generate(greedy)]
+        both = zip(*sides, strict=True)
+        found["side by side"] = [plain(side) for side in zip(*both, strict=True)]
         engine.sync_weights(other)
         found["other folder"], found["other fingerprint"] = plain(engine.generate(greedy)), engine.fingerprint
         engine.sync_weights(folder)
@@ -51,8 +54,13 @@ def main():
             refused(lambda: engine.generate([Request(0, (5,) * 40, Sampling(max_tokens=500))])),
             refused(lambda: engine.generate([Request(0, (5,), Sampling(max_tokens=5), beta=0.1)])),
             refused(lambda: engine.generate([Request(0, (1000,), Sampling(max_tokens=5))])),
+            refused(lambda: engine.generate([Request(0, (5,), Sampling(temperature=0.001))])),
+            refused(lambda: engine.generate([Request(0, (5,), Sampling(temperature=2.5))])),
+            refused(lambda: engine.generate([Request(0, (5,), Sampling(max_tokens=5), top_logprobs=50)])),
+            refused(lambda: engine.generate([Request(0, (5,), Sampling(max_tokens=5, stop_ids=(1000,)))])),
             refused(lambda: VLLMEngine(folder, slots=0)),
         ]
+        found["options"] = _given(["--dtype", "auto", "--no-enforce-eager", "--gpu-memory-utilization", "0.92"])
     print()
     print(json.dumps(found))
 

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import random
 import signal
@@ -14,6 +15,7 @@ import torch
 from posttrain.errors import UserError
 from posttrain.rollouts.collect import collect, completion_seed, completion_text, prompts_for
 from posttrain.rollouts.engine import Completion, Sampling
+from posttrain.rollouts.rollin import NO_PREFIX
 from posttrain.rollouts.table import read_manifest, shard_name
 
 SETTINGS = {"samples": 3, "sampling": Sampling(max_tokens=4, seed=5), "policy": "digits", "shard_prompts": 2}
@@ -178,7 +180,7 @@ def test_a_deleted_shard_is_collected_again(engine, tokenizer, prompts, tmp_path
     assert shards_of(tmp_path) == before
 
 
-@pytest.mark.parametrize("field", ["slots", "grader"])
+@pytest.mark.parametrize("field", ["slots", "grader", "vllm"])
 def test_what_may_differ_once_all_is_there_may_not_while_a_shard_is_missing(
     engine, tokenizer, prompts, tmp_path, field
 ):
@@ -290,7 +292,23 @@ def test_prompts_that_cannot_be_sampled_are_refused_by_row(engine, tokenizer, pr
     )
     assert refused(engine, tokenizer, [replace(prompts[0], ids=(1,) * 62)], out).startswith("max_tokens: row 'p0'")
     assert refused(engine, tokenizer, [prompts[0], prompts[0]], out).startswith("data: two rows have the id 'p0'")
+    assert refused(engine, tokenizer, prompts, out, beta=math.inf).startswith("beta: an infinite one does not guide")
+    stopping = {"sampling": Sampling(max_tokens=4, stop=("x",)), "prefixes": {("p0", 0): NO_PREFIX}}
+    assert refused(engine, tokenizer, prompts, out, **stopping).startswith(
+        "stop: a text that begins in what was rolled"
+    )
     assert not out.exists()
+
+
+def test_what_the_engine_cannot_do_is_refused_before_anything_is_written(
+    engine, tokenizer, prompts, tmp_path, monkeypatch
+):
+    def check(request):
+        raise UserError(f"temperature: not {request.sampling.temperature}")
+
+    monkeypatch.setattr(engine, "check", check)
+    assert refused(engine, tokenizer, prompts, tmp_path / "t").startswith("temperature: not 1")
+    assert not (tmp_path / "t").exists()
 
 
 def test_times_are_in_the_manifest_alone(engine, tokenizer, prompts, tmp_path):

@@ -62,6 +62,21 @@ def test_parquet_is_read_too_and_what_is_made_is_kept(tmp_path):
             {"completion_ids": None, "completion": "a"},
             "row 2 has logprobs or process_rewards, which need its completion_ids",
         ),
+        ({"prompt": ["hi"]}, "row 2 has a prompt whose messages are not all {role, content}, two texts"),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]},
+            "row 2 has a prompt whose messages",
+        ),
+        (
+            {"logprobs": ["-0.5", -1.0, -0.25]},
+            "row 2 has logprobs that are not a list of 3 numbers, one for each token",
+        ),
+        ({"logprobs": [-0.5]}, "row 2 has logprobs that are not a list of 3 numbers"),
+        (
+            {"process_rewards": [0.5]},
+            "row 2 has process_rewards that are not a list of {token, reward}, tokens below 3",
+        ),
+        ({"process_rewards": [{"token": 3, "reward": 1}]}, "row 2 has process_rewards that are not a list"),
         ({"completion_ids": [7, 100_000]}, "row 2 has completion_ids that are not a list of token ids below"),
     ],
 )

@@ -306,6 +306,9 @@ def test_replicas_start_anew_with_a_guide_and_give_account_of_it(fake):
     with ServiceEngine([one.url for one in pair], slots=4, patience=20) as engine:
         with pytest.raises(UserError, match="^beta: this engine has no guide"):
             engine.generate(asked)
+        for unasked in ({"top_logprobs": 2}, {"explain": True}):
+            with pytest.raises(UserError, match=f"^{next(iter(unasked))}: a service tells the sampled tokens alone"):
+                engine.generate([replace(asked[0], **unasked)])
         with pytest.raises(
             UserError, match="^guide: the service has none; start it with --guide /guides/a --guidance "
         ):

@@ -264,6 +264,11 @@ def test_two_iterators_run_side_by_side(llama, ragged_requests):
     assert all(left == right for left, right in pairs)
 
 
+def test_ends_of_its_own_are_told_of(llama):
+    usual, own = (TransformersEngine(llama, fingerprint="x", eos_ids=ends).settings for ends in (None, (5, 3)))
+    assert "eos_ids" not in usual and own == {**usual, "eos_ids": [3, 5]}
+
+
 def test_an_exception_in_the_middle_leaves_the_engine_usable(llama, ragged_requests, monkeypatch):
     engine = TransformersEngine(llama, fingerprint="x", slots=4)
     requests = ragged_requests(6)

@@ -128,5 +128,18 @@ def test_what_is_refused_is_refused_before_anything_is_generated(theirs):
         "max_tokens: request 0 has 40 tokens and asks for 500 more, the model's context is 512; at most 472 fit",
         "beta: this engine has no guide; give it a value model, or leave beta out",
         "prompt: request 0 has token ids outside the model's vocabulary of 101",
+        "temperature: vLLM samples at 0 (greedy) or from 0.01 to 2.0, got 0.001; the transformers engine takes any",
+        "temperature: vLLM samples at 0 (greedy) or from 0.01 to 2.0, got 2.5; the transformers engine takes any",
+        "top_logprobs: this engine tells at most 20, got 50",
+        "stop_ids: the model's vocabulary has 101 tokens, got (1000,)",
         "slots: must be at least 1, got 0",
     ]
+
+
+def test_two_iterators_run_side_by_side(theirs):
+    for side in theirs["side by side"]:
+        assert [one["ids"] for one in side] == [one["ids"] for one in theirs["greedy"]]
+
+
+def test_an_option_that_says_what_is_vllms_own_default_is_said(theirs):
+    assert theirs["options"] == {"dtype": "auto", "enforce_eager": False, "gpu_memory_utilization": 0.92}
