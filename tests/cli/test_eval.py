@@ -35,7 +35,7 @@ def test_the_presets_are_listed(capsys):
             ("arithmetic", "--model", "tiny", "--out", "x", "--n", "4", "--k", "8"),
             "n: 4 samples per problem cannot give arithmetic pass@8",
         ),
-        (("arithmetic", "--model", "tiny", "--out", "x", "--n", "0"), "n: must be at least 1"),
+        (("arithmetic", "--model", "tiny", "--out", "x", "--n", "0"), "n: must be between 1 and 1000, got 0"),
         (("arithmetic", "--model", "tiny", "--out", "x", "--limit", "0"), "limit: "),
         (("arithmetic", "--model", "tiny", "--out", "x", "--threads", "0"), "threads: "),
         (
