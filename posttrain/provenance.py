@@ -73,11 +73,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, field: str) -> Any:
-    """Of a file that `write_json` has written. Errors: UserError naming `field` for one that somebody else has."""
+    """Errors: UserError naming `field` for what is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, IsADirectoryError):
-        raise UserError(f"{field}: {path} is damaged; delete it, and what it tells of is made anew") from None
+        raise UserError(f"{field}: {path} is damaged: it must be JSON; mend it, or delete it") from None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -31,7 +31,7 @@ def test_a_damaged_file_is_one_line(tmp_path):
     write_json(path, {"a": (1, None)})
     assert read_json(path, "out") == {"a": [1, None]}
     path.write_text(path.read_text()[:-3])
-    with pytest.raises(UserError, match=rf"^out: {path} is damaged; delete it"):
+    with pytest.raises(UserError, match=rf"^out: {path} is damaged: it must be JSON; mend it"):
         read_json(path, "out")
 
 

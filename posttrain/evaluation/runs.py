@@ -86,12 +86,20 @@ def _read(folder: Path, name: str) -> Recorded:
         folder,
         read_status(folder),
         read_attempts(folder),
-        [row for row in read_metrics(folder) if not record.is_set_aside(folder / row["part"].partition("/")[0])],
+        _metrics(folder),
         # Of an evaluation at several betas, those of each.
         read_arms(folder) or [found for path in sorted(folder.glob(f"*/{ARMS}")) for found in read_arms(path.parent)],
         _sweeps(folder),
         {part: problems for part, problems in _samples(folder)},
     )
+
+
+def _metrics(folder: Path) -> list[dict[str, Any]]:
+    """But for what a pipeline has set aside."""
+    rows = read_metrics(folder)
+    first = {row["part"]: row["part"].partition("/")[0] for row in rows}
+    aside = {name for name in first.values() if record.is_set_aside(folder / name)}
+    return [row for row in rows if first[row["part"]] not in aside]
 
 
 def _sweeps(folder: Path) -> dict[str, list[Point]]:

@@ -109,7 +109,8 @@ def launch_of(recipe: Recipe) -> Launch:
     if settings is None:
         raise UserError(f"deepspeed_config_file: missing in {recipe.launcher}")
     path = _beside(settings, "deepspeed_config_file")
-    zero = read_json(path, "deepspeed_config_file").get("zero_optimization")
+    given = read_json(path, "deepspeed_config_file")
+    zero = given.get("zero_optimization") if isinstance(given, dict) else None
     if not isinstance(zero, dict) or "stage" not in zero:
         raise UserError(f"deepspeed_config_file: {path} has no zero_optimization with a stage")
     return Launch(ranks, zero["stage"], zero.get("offload_optimizer", {}).get("device", "none") != "none")

@@ -135,7 +135,7 @@ def test_the_package_has_the_recipes():
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("{", "is damaged"), ("{}", "no zero_optimization"), ('{"zero_optimization": {}}', "no zero")]
+    ("text", "message"), [("{", "is damaged"), ("[]", "no zero_optimization"), ('{"zero_optimization": {}}', "no zero")]
 )
 def test_a_deepspeed_file_that_is_none_is_one_line(text, message, tmp_path):
     (tmp_path / "ds.json").write_text(text)
