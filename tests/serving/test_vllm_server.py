@@ -33,11 +33,12 @@ def test_a_client_that_leaves_frees_its_slots(server, http, more):
     assert http.post("/v1/completions", json={**LONG, "n": 1, "max_tokens": 3}).status_code == 200
 
 
-def test_what_vllm_refuses_is_a_mistake_of_the_client(http):
-    answer = http.post("/v1/completions", json={**LONG, "temperature": 3.0})
+@pytest.mark.parametrize("temperature", [3.0, 0.001])
+def test_a_temperature_that_vllm_has_not_is_a_mistake_of_the_client(http, temperature):
+    answer = http.post("/v1/completions", json={**LONG, "temperature": temperature})
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "temperature"
-    assert "must be in [0, 2]" in answer.json()["error"]["message"]
+    assert "from 0.01 to 2" in answer.json()["error"]["message"]
 
 
 def test_too_many_requests_are_told_to_come_back(http):
