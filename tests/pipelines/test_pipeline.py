@@ -18,6 +18,7 @@ from posttrain.pipelines import pipeline as module
 from posttrain.pipelines.pipeline import PipelineConfig, named_files, stages_of
 from posttrain.pipelines.qsharp import QSharpConfig
 from posttrain.pipelines.value_training import ValueTraining
+from posttrain.record import begin, log, read_metrics, recording
 from posttrain.rollouts.table import read_table
 from tests.small_demo import DEMO
 
@@ -127,6 +128,20 @@ def test_a_changed_stage_is_run_again_and_taken_back_when_the_change_is_undone(t
     said = []
     module.run(small(tmp_path, stages=stages), said.append)
     assert "qprobe: kept" in said and not aside.exists() and len(list(tmp_path.glob("qprobe-*"))) == 1
+
+
+def test_what_was_logged_of_a_stage_is_set_aside_and_taken_back_with_it(tmp_path):
+    stage, keys = tmp_path / "dqo", (16 * "a", 16 * "b")
+    with recording(["pipeline"]):
+        begin(tmp_path, {}, ["none"])
+        for key in keys:
+            module._settle(stage, key, lambda _: None)
+            stage.mkdir()
+            (stage / "stage.json").write_text(json.dumps({"key": key}))
+            log(stage / "policy", 1, {"key": key})
+        module._settle(stage, keys[0], lambda _: None)
+    found = {row["part"]: row["key"] for row in read_metrics(tmp_path)}
+    assert found == {"dqo/policy": keys[0], f"dqo-{keys[1][:12]}/policy": keys[1]}
 
 
 @pytest.mark.slow
