@@ -18,6 +18,7 @@ def write_card(
     tags: Sequence[str] = (),
     paper: str | None = None,
     data: str | None = None,
+    measured_on: str | None = None,
     figures: Mapping[str, Mapping[str, Any]] | None = None,
     own: str | None = None,
     settings: Any = None,
@@ -25,17 +26,18 @@ def write_card(
 ) -> Path:
     """Writes the card of the model in `folder`, trained from `base` by `method`; the card's path.
 
-    paper: an arXiv number. data: what it was trained and measured on. figures: title -> `accuracy`, its `interval` of 95 % and
-    `tokens` per answer, of this model (`own` is its title) and of what stands beside it. settings: all that the training was
-    told. notes: Markdown paragraphs on how it is used.
+    paper: an arXiv number. data: what it was trained on; measured_on: what the figures are of. figures: title -> `accuracy`,
+    its `interval` of 95 % and `tokens` per answer, of this model (`own` is its title) and of what stands beside it. settings:
+    all that the training was told. notes: Markdown paragraphs on how it is used.
     """
     from huggingface_hub import EvalResult, ModelCardData  # half a second of import
 
     folder, figures = Path(folder), figures or {}
     measured = figures.get(own) if own else None
     results = None
-    if measured and data:
-        results = [EvalResult("text-generation", data, data, "accuracy", measured["accuracy"], metric_name="pass@1")]
+    if measured and measured_on:
+        accuracy = measured["accuracy"]
+        results = [EvalResult("text-generation", measured_on, measured_on, "accuracy", accuracy, metric_name="pass@1")]
     card = ModelCardData(
         base_model=base if _is_of_the_hub(base) else None,
         library_name="transformers",
@@ -50,6 +52,7 @@ def write_card(
         f"# {_cell(base)}, trained by {method}",
         f"Trained from `{base}` by {method}{source}{f' on {data}' if data else ''}, with "
         "[posttrain](https://pypi.org/project/posttrain/).",
+        *([f"Measured on {measured_on}:"] if figures and measured_on else []),
         *([_table(figures, own)] if figures else []),
         f"```python\n{SNIPPET.format(folder=json.dumps(str(folder)))}```",
         *notes,

@@ -17,7 +17,8 @@ def test_the_hub_reads_figures_and_base(tmp_path):
         *(folder, "a method", "owner/name"),
         tags=["extra"],
         paper="2410.09302",
-        data="arithmetic",
+        data="arithmetic/train",
+        measured_on="arithmetic/test",
         figures=FIGURES,
         own="a | method",
         settings={"beta": 0.03, "steps": [1, 2]},
@@ -26,8 +27,10 @@ def test_the_hub_reads_figures_and_base(tmp_path):
     card = ModelCard.load(path)
     assert (card.data.base_model, card.data.tags) == ("owner/name", ["posttrain", "extra"])
     (result,) = card.data.eval_results
-    assert (result.dataset_name, result.metric_name, result.metric_value) == ("arithmetic", "pass@1", 0.75)
+    assert (result.dataset_name, result.metric_name, result.metric_value) == ("arithmetic/test", "pass@1", 0.75)
     assert "| **a \\| method** | 75.0 % | 72.0 - 78.0 | 64 |" in card.text
+    assert " by a method ([arXiv 2410.09302](https://arxiv.org/abs/2410.09302)) on arithmetic/train, with" in card.text
+    assert "Measured on arithmetic/test:" in card.text
     assert "beta: 0.03" in card.text and "A note." in card.text and "- torch 2" in card.text
     assert "arxiv.org/abs/2410.09302" in card.text and str(folder) in card.text
 

@@ -476,8 +476,13 @@ def publish(result: DQORun, title: str, lead: str) -> None:
 
 
 def _write_cards(result: DQORun, out: Path) -> None:
-    model, arms = result.config.model, [result.arms[name] for name in ("base", "dqo", *result.baselines)]
-    measured: dict[str, Any] = {"data": result.config.data, "figures": {arm.title: arm.summary() for arm in arms}}
+    config, arms = result.config, [result.arms[name] for name in ("base", "dqo", *result.baselines)]
+    model = config.model
+    measured: dict[str, Any] = {
+        "data": config.completions or f"{config.data}/{config.train_split}",
+        "measured_on": f"{config.data}/{config.test_split}",
+        "figures": {arm.title: arm.summary() for arm in arms},
+    }
     write_dqo_card(out / "policy", model, result.training["config"], own=result.arms["dqo"].title, **measured)
     for method, baseline in result.baselines.items():
         own, settings = baseline.arm.title, baseline.training["config"]

@@ -45,6 +45,7 @@ class Found:
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
     own: str | None = None
     data: str | None = None
+    measured_on: str | None = None
     base: str | None = None
 
 
@@ -99,6 +100,7 @@ def export(sources: Sequence[str], out: Path) -> list[str]:
             " and ".join(dict.fromkeys(found.methods)) or "post-training",
             base,
             data=found.data,
+            measured_on=found.measured_on,
             figures=found.figures,
             own=found.own,
             notes=[_filled(note, out, probe) for note in notes],
@@ -154,11 +156,13 @@ def _find_of_run(folder: Path, found: Found) -> None:
                 _find_made(stage, config, found, trained)
     if all(len(paths) == before[kind] for kind, paths in found.parts.items()):
         raise UserError(f"source: {folder} has made no policy, value model or probe; is it finished?")
-    found.base = str(_config(folder)["model"])
+    config = _config(folder)
+    found.base = str(config["model"])
+    found.data = config.get("completions") or f"{config['data']}/{config['train_split']}"
     if len(found.parts[POLICY]) == before[POLICY]:
         found.parts[POLICY].append(model_folder(found.base))
     for measured in read_arms(folder):
-        found.data = measured.title
+        found.measured_on = measured.title
         found.figures |= {arm.title: arm.summary() for arm in measured.arms}
         own = re.compile(f"(.*/)?({'|'.join(found.own_arms)})")
         found.own = next((arm.title for arm in reversed(measured.arms) if own.fullmatch(arm.name)), found.own)

@@ -411,10 +411,15 @@ def publish(result: GRPOLambdaRun, title: str, lead: str) -> None:
         manifest=result.manifest,
     )
     shown = {arm.title: arm.summary() for name, arm in result.arms.items() if name in ("base", *result.config.arms)}
-    for name in result.config.arms:
+    config = result.config
+    measured: dict[str, Any] = {
+        "data": f"{config.data}/{config.train_split}",
+        "measured_on": f"{config.measured_on}/{config.test_split}",
+        "figures": shown,
+    }
+    for name in config.arms:
         own, settings = result.arms[name].title, result.training[name]["settings"]
-        measured: dict[str, Any] = {"data": result.config.measured_on, "figures": shown, "own": own}
-        write_card(out / name, own, result.config.model, tags=["grpo"], settings=settings, **measured)
+        write_card(out / name, own, config.model, tags=["grpo"], own=own, settings=settings, **measured)
 
 
 def figures(result: GRPOLambdaRun) -> list[Figure]:

@@ -21,7 +21,7 @@ best, scores = reranker.choose(prompt_ids, completions, beta=0.0)  # token ids; 
 
 
 def write_dqo_card(folder: str | Path, base: str, settings: Any, **measured: Any) -> Path:
-    """measured: `data`, `figures` and `own`, as `write_card` takes them, where the policy was measured."""
+    """measured: `data`, `measured_on`, `figures` and `own`, as `write_card` takes them, where the policy was measured."""
     note = NOTE.format(folder=folder)
     return write_card(
         folder, "DQO", base, tags=["dqo"], paper="2410.09302", settings=settings, notes=[note], **measured

@@ -20,6 +20,8 @@ from posttrain.models.value import ValueModel, new_value_model, value_fingerprin
 from posttrain.pipelines.export import export
 from tests.evaluation.recorded import arm, arms, page
 
+BASE = {"model": "tiny", "data": "arithmetic", "train_split": "train"}
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
@@ -30,16 +32,14 @@ def runs(tmp_path_factory):
         folder = root / "guided" / f"round-{number}" / "value"
         new_value_model(policy, "v", layers=1, zero_init=False, seed=number).save_pretrained(folder)
         (folder / "made_by.json").write_text("{}")
-    (root / "guided" / "config.yaml").write_text(
-        yaml.safe_dump({"model": "tiny", "beta": 0.3, "guidance": {"candidates": 7}})
-    )
+    (root / "guided" / "config.yaml").write_text(yaml.safe_dump({**BASE, "beta": 0.3, "guidance": {"candidates": 7}}))
     page(root / "guided", arms(20, arm("qsharp", "Q#, round 1", 0.9, 20, 70, 1, kl=1.0)), [f"{i}+1" for i in range(20)])
     torch.manual_seed(0)
     probe = Probe(ProbeCard(policy.model.config.hidden_size, feature=FeatureSpec(2, "mean"), policy=policy.fingerprint))
     torch.nn.init.normal_(probe.first.weight)
     probe.mean.normal_()
     probe.save_pretrained(root / "probed" / "probe")
-    (root / "probed" / "config.yaml").write_text(yaml.safe_dump({"model": "tiny"}))
+    (root / "probed" / "config.yaml").write_text(yaml.safe_dump({**BASE}))
     return root
 
 
@@ -82,7 +82,8 @@ def test_the_snippets_of_the_readme_run(exported):
 
 def test_the_card_has_the_figures_with_intervals(exported):
     text = (exported / "README.md").read_text()
-    assert "trained by Q# and Q-Probe" in text and "| **Q#, round 1** |" in text and "95 % interval" in text
+    assert "trained by Q# and Q-Probe" in text and "on arithmetic/train, with" in text
+    assert "Measured on sums/test:" in text and "| **Q#, round 1** |" in text and "95 % interval" in text
     assert "- name: out\n" in text
 
 
@@ -109,16 +110,14 @@ def test_a_stage_of_a_pipeline_and_the_whole_of_it(runs, tmp_path):
         stage.parent.mkdir(exist_ok=True)
         stage.symlink_to(runs / run)
     for run in ("guided", "probed"):
-        (runs / run / "stage.json").write_text(
-            json.dumps({"key": "0123456789abcdef", "config": {"model": "tiny", "beta": 0.3}})
-        )
-    (pipeline / "config.yaml").write_text(yaml.safe_dump({"model": "tiny", "stages": []}))
+        (runs / run / "stage.json").write_text(json.dumps({"key": "0123456789abcdef", "config": {**BASE, "beta": 0.3}}))
+    (pipeline / "config.yaml").write_text(yaml.safe_dump({**BASE, "stages": []}))
     try:
         assert {"value/config.json", "probe/config.json"} <= set(export([str(pipeline)], tmp_path / "all"))
         assert "probe/config.json" not in export([str(pipeline / "qsharp")], tmp_path / "one")
         aside = pipeline / "qsharp-aaaaaaaaaaaa"  # of other settings, once
         shutil.copytree(runs / "guided", aside)
-        (aside / "stage.json").write_text(json.dumps({"key": 16 * "a", "config": {"model": "tiny", "beta": 0.7}}))
+        (aside / "stage.json").write_text(json.dumps({"key": 16 * "a", "config": {**BASE, "beta": 0.7}}))
         export([str(pipeline)], tmp_path / "again")
         assert json.loads((tmp_path / "again" / "posttrain.json").read_text())["beta"] == 0.3
         trained = (arm("qsharp_2", "Q#, round 2", 0.9, 20, 70, 1), arm("grpo_lambda", "GRPO-lambda", 0.9, 20, 70, 1))
@@ -133,7 +132,7 @@ def test_a_stage_of_a_pipeline_and_the_whole_of_it(runs, tmp_path):
 
 def test_a_refused_attempt_changes_nothing_of_a_finished_run(runs, tmp_path):
     run = shutil.copytree(runs / "guided", tmp_path / "run")
-    measured = {"model": "tiny", "beta": 0.3, "guidance": {"candidates": 7}}
+    measured = {**BASE, "beta": 0.3, "guidance": {"candidates": 7}}
     (run / "summary.json").write_text(json.dumps({"manifest": {"config": measured}}))
     (run / "config.yaml").write_text(yaml.safe_dump({**measured, "beta": 0.9}))  # asked for, and refused
     export([str(run)], tmp_path / "out")
@@ -156,7 +155,7 @@ def test_a_value_model_of_preferences_is_not_called_one_of_returns(runs, tmp_pat
 
 def test_where_rounds_are_averaged_their_mean_is_what_guides(runs, tmp_path):
     shutil.copytree(runs / "guided", tmp_path / "run")
-    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump({"model": "tiny", "history": 2}))
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump({**BASE, "history": 2}))
     mean = tmp_path / "run" / "round-10" / "history"
     new_value_model(load_model("tiny", "cpu", "float32"), "shared", zero_init=False).save_pretrained(mean)
     export([str(tmp_path / "run")], tmp_path / "out")
