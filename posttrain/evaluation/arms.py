@@ -14,6 +14,7 @@ from posttrain.rewards.math import canonical
 from posttrain.rollouts.table import RolloutTable
 
 Array = NDArray[np.float64]
+SAMPLED = ("base", "majority", "oracle")  # arms of the base alone, which every method's own run has too
 
 
 @dataclass(frozen=True)

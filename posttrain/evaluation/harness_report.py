@@ -24,6 +24,7 @@ GROUPS = {
     "error": "not graded",
     "timeout": "not graded",
 }
+GUIDED_BY = ", guided by "
 LAWS = {"qsharp": "Q#", "cd": "CD", "ipl": "IPL"}
 OWN_DEFINITIONS = {
     SCORER: "a scorer that every run has: mean log-probability of a completion's tokens; as a weight, its exponential",
@@ -57,7 +58,7 @@ def _measured(report: dict[str, Any], result: Result) -> Measured:
     kls = flat(result.kl)
     measures = {"kl": float(np.mean(kls))} if kls and None not in kls else {}
     title = title_of(report).removeprefix("Evaluation of ")
-    arm = Arm("guided" if kls else "base", title, result.accuracy, tokens, 0.0, (), measures)
+    arm = Arm("guided" if kls else "model", title, result.accuracy, tokens, 0.0, (), measures)
     problems = fingerprints([(row["problem"], row["answer"]) for row in result.rows])
     return Measured(result.benchmark.name, problems, (arm,))
 
@@ -88,7 +89,7 @@ def title_of(report: dict[str, Any]) -> str:
     if "guidance" not in settings:
         return title
     guidance = settings["guidance"]
-    return f"{title}, guided by {LAWS[guidance['law']]} ({guidance['value_model'][:16]}) at beta {settings['beta']:g}"
+    return f"{title}{GUIDED_BY}{LAWS[guidance['law']]} ({guidance['value_model'][:16]}) at beta {settings['beta']:g}"
 
 
 def definitions(summaries: dict[str, dict[str, Any]]) -> dict[str, str]:

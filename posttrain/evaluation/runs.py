@@ -8,7 +8,7 @@ from typing import Any
 
 from posttrain import record
 from posttrain.errors import UserError
-from posttrain.evaluation.arms import Arm
+from posttrain.evaluation.arms import SAMPLED, Arm
 from posttrain.evaluation.arms_file import ARMS, Measured, read_arms
 from posttrain.evaluation.report import SAMPLES
 from posttrain.record import Status, read_attempts, read_metrics, read_status
@@ -87,11 +87,24 @@ def _read(folder: Path, name: str) -> Recorded:
         read_status(folder),
         read_attempts(folder),
         _metrics(folder),
-        # Of an evaluation at several betas, those of each.
-        read_arms(folder) or [found for path in sorted(folder.glob(f"*/{ARMS}")) for found in read_arms(path.parent)],
+        _measured(folder),
         _sweeps(folder),
         {part: problems for part, problems in _samples(folder)},
     )
+
+
+def _measured(folder: Path) -> list[Measured]:
+    """Of an evaluation at several betas what each has measured, of a pipeline at work its stages."""
+    parts = [path.parent for path in sorted(folder.glob(f"*/{ARMS}")) if not record.is_set_aside(path.parent)]
+    return read_arms(folder) or [_of_part(part, found) for part in parts for found in read_arms(part)]
+
+
+def _of_part(part: Path, found: Measured) -> Measured:
+    """Where a stage has a name of its own, the arms that are not the base's have it too: two stages may be of one method."""
+    if _json(part / record.STAGE).get("method", part.name) == part.name:
+        return found
+    arms = (arm if arm.name in SAMPLED else replace(arm, title=f"{part.name}: {arm.title}") for arm in found.arms)
+    return replace(found, arms=tuple(arms))
 
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:
@@ -148,7 +161,7 @@ def comparable(runs: Sequence[Recorded]) -> list[Measured]:
     for fingerprint, first in reversed(lists.items()):
         measured = [(run, each) for run in runs for each in run.measured if each.fingerprint == fingerprint]
         titles = dict.fromkeys(each.title for _, each in measured)
-        several = len({run.name for run, _ in measured}) < len(measured)
+        several = len({run.name for run, _ in measured}) < len({(run.name, each.title) for run, each in measured})
         arms = [
             (run, replace(arm, title=f"{each.title}: {arm.title}") if several else arm)
             for run, each in measured

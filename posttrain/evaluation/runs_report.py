@@ -8,7 +8,7 @@ from pathlib import Path
 
 from posttrain.evaluation.arms import Arm
 from posttrain.evaluation.arms_file import Measured
-from posttrain.evaluation.harness_report import percent, signed_interval, table_lines
+from posttrain.evaluation.harness_report import GUIDED_BY, percent, signed_interval, table_lines
 from posttrain.evaluation.intervals import paired_comparison
 from posttrain.evaluation.metrics import DEFINITIONS
 from posttrain.evaluation.plots import kl_plane, step_curves, token_plane
@@ -27,6 +27,7 @@ METHODS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
         ("eval_auc", "eval_calibration_error"),
         ("loss", "eval_loss", "eval_auc", "eval_calibration_error", "eval_explained_variance", "grad_norm"),
     ),
+    ("IPL, value model", ("eval_pairs_right",), ("loss", "eval_loss", "eval_pairs_right", "grad_norm")),
     (
         "DQO",
         ("log_ratio_right", "log_ratio_wrong"),
@@ -53,7 +54,7 @@ METHODS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("Training", ("loss",), ("loss", "mean_token_accuracy", "entropy", "grad_norm")),
 )
 DEFINED = ("pass@1", "maj@k", "pass@k", "KL", "tokens", "interval", "difference", "p-value", "detectable")
-RUNS = ("run", "command", "state", "started", "took", "attempts", "code")
+RUNS = ("run", "command", "state", "last attempt", "it took", "attempts", "code")
 ARM = ("arm", "accuracy", "95 % interval", "tokens per answer", "KL, nats")
 PAIRED = ("arm", "against", "difference", "95 % interval", "p-value", "detectable")
 
@@ -177,20 +178,21 @@ def _comparison(found: Measured, runs: Sequence[Recorded]) -> Comparison:
         caption = (
             "Accuracy of one sample against KL to the reference, with 95 % intervals; the model alone stands at 0."
         )
-        figures.append(Figure(kl_plane([arm for arm in found.arms if _kl(arm) is not None], sweeps), caption))
-    table: Table = (ARM, [_arm(arm) for arm in found.arms])
+        known = [arm for arm in found.arms if _kl(arm, found.arms) is not None]
+        figures.append(Figure(kl_plane(known, sweeps), caption))
+    table: Table = (ARM, [_arm(arm, _kl(arm, found.arms)) for arm in found.arms])
     paired: Table = (PAIRED, [_paired(*pair) for pair in pairs(found.arms)])
     return Comparison(found.title, len(found.problems), found.fingerprint, table, paired, figures)
 
 
-def _kl(arm: Arm) -> float | None:
-    """None where it is not known, as of trained weights."""
-    return arm.measures.get("kl", 0.0 if arm.name == "base" else None)
+def _kl(arm: Arm, arms: Sequence[Arm]) -> float | None:
+    """None where it is not known, as of trained weights: only a run's own base, and a model that others here guide, stand at 0."""
+    alone = arm.name == "base" or any(other.title.startswith(f"{arm.title}{GUIDED_BY}") for other in arms)
+    return arm.measures.get("kl", 0.0 if alone else None)
 
 
-def _arm(arm: Arm) -> Sequence[str]:
+def _arm(arm: Arm, kl: float | None) -> Sequence[str]:
     low, high = arm.interval
-    kl = _kl(arm)
     return (
         arm.title,
         percent(arm.accuracy),

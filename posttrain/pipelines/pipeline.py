@@ -23,7 +23,7 @@ import numpy as np
 from posttrain import record
 from posttrain.config import build, within
 from posttrain.errors import UserError, nearest
-from posttrain.evaluation.arms import Arm, sampled_arms
+from posttrain.evaluation.arms import SAMPLED, Arm, sampled_arms
 from posttrain.evaluation.intervals import paired_comparison
 from posttrain.evaluation.plots import token_plane
 from posttrain.evaluation.report import Figure, write_report
@@ -48,7 +48,6 @@ METHODS: dict[str, tuple[ModuleType, type]] = {
 ONLINE: dict[str, Callable[[Any], str]] = {"grpo-lambda": grpo_lambda.problems_fingerprint}
 # Fields of how the shared tables are sampled that the methods' own commands have, and a pipeline has not.
 OF_TABLES = ("top_p", "least_train_samples", "engine", "urls")
-SAMPLED = ("base", "majority", "oracle")  # arms of the base alone, which every method's own run has too
 DEFINED = ("pass@1", "maj@k", "pass@k", *(name for name in qsharp.DEFINED if name not in ("pass@1", "maj@k", "pass@k")))
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from posttrain.data.load import Row, load_rows
@@ -10,7 +10,7 @@ from posttrain.data.prompts import shortened, template_for
 from posttrain.decoding.guide import ValueGuide
 from posttrain.decoding.vllm import VLLMGuide
 from posttrain.errors import UserError
-from posttrain.evaluation.arms import sampled_arms
+from posttrain.evaluation.arms import Arm, sampled_arms
 from posttrain.evaluation.grades import grader_fingerprint
 from posttrain.evaluation.metrics import MAX_SAMPLES, rates, token_stats
 from posttrain.evaluation.plots import accuracy_curves, length_histogram
@@ -153,11 +153,20 @@ def _mean_kl(table: RolloutTable) -> str:
     return "not known" if table.is_lazy else f"{sum(table.column('kl')) / len(table):.3f}"
 
 
+def _own_arm(table: RolloutTable, arm: Arm) -> Arm:
+    """Of a table alone nothing says that its policy is a base, from which others differ."""
+    if not any(table.column("guide")):
+        return replace(arm, name="model")
+    measures = {} if table.is_lazy else {"kl": sum(table.column("kl")) / len(table)}
+    return replace(arm, name="guided", title="one sample, guided", measures=measures)
+
+
 def publish(table: RolloutTable) -> Path:
     """`report.html` in the table's folder."""
     correct = table.rectangle("correct")
     lengths = [[len(ids) for ids in row] for row in table.rectangle("completion_ids")]
     arms = sampled_arms(correct, table.rectangle("extracted"), lengths, table.manifest["seconds"])
+    arms["base"] = _own_arm(table, arms["base"])
     settings = table.manifest["settings"]
     path = table.folder / "report.html"
     write_report(

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from posttrain.cli.main import main
+from posttrain.evaluation.arms_file import read_arms
 from posttrain.models.load import load_model
 from posttrain.models.value import new_value_model
 from posttrain.rollouts.table import read_table, shard_name
@@ -67,6 +68,9 @@ def test_of_a_lazily_guided_table_what_is_not_known_is_null(tmp_path, capsys):
         assert set(lazy.column(column)) == {None} and None not in all_of_them.column(column)
     assert lazy.column("beta") == all_of_them.column("beta") and lazy.column("guide") != all_of_them.column("guide")
     assert "KL, nats not known" in (tmp_path / "lazy" / "report.html").read_text()
+    arms = [read_arms(tmp_path / name)[0].arms[0] for name in ("lazy", "all")]
+    assert [arm.name for arm in arms] == ["guided", "guided"] and arms[0].measures == {}
+    assert arms[1].measures["kl"] == pytest.approx(sum(all_of_them.column("kl")) / 6)
 
 
 @pytest.mark.slow

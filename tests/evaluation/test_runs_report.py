@@ -13,7 +13,7 @@ from posttrain.evaluation.runs import comparable, read_runs
 from posttrain.evaluation.runs_report import pairs, write_runs_report
 from posttrain.record import begin, recording
 from tests.browser import CHROMIUM, browser
-from tests.evaluation.recorded import HOSTILE, arm, dqo, page, qsharp, table
+from tests.evaluation.recorded import HOSTILE, arm, arms, dqo, page, qsharp, table
 
 PROBLEMS = [f"{i} + {i}" for i in range(40)]
 
@@ -120,6 +120,29 @@ def test_what_a_pipeline_has_set_aside_is_not_the_runs(folders, tmp_path):
     (stage / "stage.json").write_text('{"key": "0123456789abcdef"}')
     (found,) = read_runs([run])
     assert list(found.samples) == ["."] and not any(part.startswith(stage.name) for part in found.curves())
+
+
+def test_of_a_pipeline_at_work_every_stage_has_its_arms_and_what_is_set_aside_none(tmp_path):
+    for name, accuracy in (("grpo-lambda", 0.7), ("longer", 0.8), ("longer-0123456789ab", 0.9)):
+        page(tmp_path / name, arms(40, arm("grpo_lambda", "GRPO-lambda", accuracy, 40, 40, 5)), PROBLEMS)
+        (tmp_path / name / "stage.json").write_text('{"key": "0123456789abcdef", "method": "grpo-lambda"}')
+    (tmp_path / "STATUS").write_text("running\nstarted: 2026-01-01\npid: 1\n")
+    (found,) = comparable(read_runs([tmp_path]))
+    titles = ["one sample", "majority of 8", "oracle of 8", "GRPO-lambda", "longer: GRPO-lambda"]
+    assert [each.title for each in found.arms] == titles
+    assert found.arms[3].accuracy < found.arms[4].accuracy < 0.87
+
+
+def test_only_a_runs_base_and_what_others_guide_stand_at_no_kl(tmp_path):
+    for name, title, measures in (
+        ("model", "tiny", {}),
+        ("guided", "tiny, guided by Q# (0123456789abcdef) at beta 0.3", {"kl": 1.5}),
+        ("model", "runs/dqo/policy", {}),
+    ):
+        page(tmp_path / title[:9].replace("/", "-"), {name: arm(name, title, 0.5, 40, 60, 0, **measures)}, PROBLEMS)
+    (tmp_path / "STATUS").write_text("finished\nstarted: 2026-01-01\npid: 1\n")
+    (found,) = write_runs_report([tmp_path], tmp_path / "report")
+    assert {row[0][:9]: row[-1] for row in found.arms[1]} == {"tiny": "0.00", "tiny, gui": "1.50", "runs/dqo/": ""}
 
 
 def test_the_sweeps_of_two_stages_are_two_lines(folders, tmp_path):
