@@ -7,7 +7,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from posttrain.evaluation.metrics import (
@@ -245,7 +245,6 @@ def test_weights_that_are_no_votes_are_refused_by_name(weight):
 
 
 @pytest.mark.slow
-@settings(deadline=None)  # the first call imports torch
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 1)), min_size=1, max_size=8))
 def test_best_of_n_equals_enumeration(samples):
     scores, flags = zip(*samples, strict=True)

@@ -18,7 +18,7 @@ def history(pairs, row, length):
     return [(keys[row, :, :length], values[row, :, :length]) for keys, values in pairs]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.data())
 def test_every_row_reads_its_own_history_whatever_enters_moves_and_leaves(data):
     cache = SlotCache(SLOTS, limit=1000)

@@ -385,7 +385,7 @@ def test_preference_finite_differences():
     assert torch.autograd.gradcheck(lambda pairs: preference_loss(pairs[0], pairs[1]), pairs)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.tuples(st.floats(-1e6, 1e6, width=32), st.floats(-1e3, 1e3, width=32)), min_size=1, max_size=6),
     st.floats(1e-4, 1e4),
@@ -400,7 +400,7 @@ def test_value_lies_between_the_rewards_and_gradients_are_finite(samples, beta):
     assert scores.grad.isfinite().all()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.floats(-100, 100), st.floats(-1e4, 1e4))
 def test_constants_added_to_scores_or_rewards_change_nothing_but_the_value(score_shift, reward_shift):
     scores, rewards = double([SCORES]).requires_grad_(), double([REWARDS])

@@ -1,12 +1,12 @@
 """Nothing that a model may write raises, runs, or takes a second."""
 
-import time
 from pathlib import Path
 
 import pytest
 
 from posttrain.rewards.equality import decide
 from posttrain.rewards.math import grade
+from tests.rewards.clock import within_a_second
 
 MEGABYTE = 1_000_000
 
@@ -64,13 +64,7 @@ GOLDS = [
 @pytest.mark.parametrize("name", LONG)
 def test_a_megabyte_is_graded_within_a_second(name: str) -> None:
     for completion in (LONG[name], f"The answer is {LONG[name]}", rf"\boxed{{{LONG[name]}}}"):
-        for _ in range(3):
-            start = time.process_time()
-            found = grade(completions=[completion], golds=["5"])[0]
-            if time.process_time() - start < 1:
-                break
-        else:
-            pytest.fail(f"over one second: {name}")
+        found = within_a_second(lambda completion=completion: grade(completions=[completion], golds=["5"])[0])
         assert found.verdict in ("different", "no_answer")
 
 
@@ -80,14 +74,7 @@ def test_a_bomb_is_defused_within_a_second(name: str) -> None:
     bomb = DEEP[name]
     for gold in GOLDS:
         for a, b in ((gold, bomb), (bomb, gold), (bomb, f"(0)+{bomb}"), (bomb, f"{bomb}-0")):
-            for _ in range(3):  # on a busy machine even CPU time is noisy: the best of three
-                start = time.process_time()
-                verdict = decide(a, b).verdict
-                if time.process_time() - start < 1:
-                    break
-            else:
-                pytest.fail(f"over one second: {name}")
-            assert verdict != "error"
+            assert within_a_second(lambda a=a, b=b: decide(a, b).verdict) != "error"
 
 
 @pytest.mark.parametrize("name", DEEP)

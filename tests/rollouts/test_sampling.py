@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from posttrain.rollouts.engine import Sampling
@@ -106,7 +106,6 @@ def test_drawn_tokens_follow_the_exact_law(sampling):
     torch.testing.assert_close(logprobs, torch.tensor(probs).log()[ids], atol=1e-5, rtol=0)
 
 
-@settings(deadline=None)
 @given(
     logits=st.lists(st.sampled_from([-math.inf, -4.0, -1.0, 0.0, 0.25, 1.0, 3.0]), min_size=1, max_size=12).filter(
         lambda x: max(x) > -math.inf

@@ -26,14 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(size(600, 7200))]
 def fuzz(cases: int) -> settings:
     """Without shrinking: the first example that fails says enough."""
     phases = [Phase.explicit, Phase.generate]
-    return settings(
-        max_examples=cases,
-        deadline=None,
-        database=None,
-        derandomize=True,
-        phases=phases,
-        suppress_health_check=list(HealthCheck),
-    )
+    return settings(max_examples=cases, phases=phases, suppress_health_check=list(HealthCheck))
 
 
 def test_requests_from_the_openapi_document(server: SimpleNamespace) -> None:  # noqa: F811

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from posttrain.trainers.value_metrics import auc, calibration_error, metrics_by_position, value_metrics
@@ -14,7 +14,6 @@ def array(*values):
     return np.array(values, dtype=np.float64)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=40))
 def test_auc_equals_the_count_over_all_pairs(tokens):
     scores, positive = array(*(score for score, _ in tokens)), np.array([kind for _, kind in tokens])

@@ -30,7 +30,7 @@ trees = st.recursive(leaves, applied, max_leaves=7)
 
 
 @pytest.mark.slow
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(trees, st.booleans())
 def test_the_error_is_within_its_bound(tree: Node, real: bool) -> None:
     point = {"x": Fraction(22, 7)}
