@@ -116,8 +116,11 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 def let_the_first_speak() -> None:
-    """Of a command that fails in all its processes, one says why. Returns in the first at once, elsewhere only where the error
-    is this process's own: as a rule the launcher ends it before, and it leaves with code 2."""
+    """Of a command that fails in all its processes, one says why. Returns in the first at once, which then is deaf to the
+    launcher's SIGTERM, or that would overtake the reason; elsewhere only where the error is this process's own: as a rule the
+    launcher ends it before, and it leaves with code 2."""
     if rank():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))
         time.sleep(GRACE)
+    elif "RANK" in os.environ:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)

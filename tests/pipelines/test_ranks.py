@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from posttrain.cli.main import main
-from tests.trainers.test_dqo_ranks import free_port
 
 ROOT = Path(__file__).parents[2]
 # A command whose work is to add numbers up with the other process, until that is gone.
@@ -35,7 +34,8 @@ raise SystemExit(main())
 @pytest.mark.slow
 def test_a_process_that_dies_in_a_step_ends_all_with_one_readable_error(tmp_path: Path) -> None:
     (tmp_path / "command.py").write_text(COMMAND)
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    # The launcher looks every ten seconds: what it then sends to the survivor must not come before the survivor's own error.
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "--monitor_interval", "10"]
     start = time.monotonic()
     done = subprocess.run(
         [sys.executable, *launch, str(tmp_path / "command.py")],

@@ -16,8 +16,8 @@ from posttrain.rollouts.engine import Request, Sampling
 from posttrain.rollouts.service import ServiceEngine
 from posttrain.rollouts.table import read_table
 from posttrain.rollouts.transformers import TransformersEngine
+from tests.ports import free_port
 from tests.serving.services import Service
-from tests.trainers.test_deepspeed import free_port
 
 ROOT = Path(__file__).parents[2]
 CONFIG = {
