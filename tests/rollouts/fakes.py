@@ -10,6 +10,7 @@ import httpx
 PRINT = "f" * 64
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("fake_replica.py")
+CLIENT = httpx.Client(timeout=30, trust_env=False)  # one: to make it takes longer than to ask
 
 
 class Fake:
@@ -32,8 +33,8 @@ class Fake:
         self.process.stdout.close()
 
     def tell(self, **state):
-        return httpx.post(f"{self.url}/fake", json=state).json()
+        return CLIENT.post(f"{self.url}/fake", json=state).json()
 
     @property
     def state(self):
-        return httpx.get(f"{self.url}/fake").json()
+        return CLIENT.get(f"{self.url}/fake").json()

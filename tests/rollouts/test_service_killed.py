@@ -18,7 +18,7 @@ from tests.serving.services import Service
 
 
 def served(url: str) -> int:
-    text = httpx.get(f"{url}/metrics").text
+    text = httpx.get(f"{url}/metrics", timeout=60).text
     return round(sum(float(count) for count in re.findall(r"^vllm:request_success_total\{.*\} (\S+)$", text, re.M)))
 
 

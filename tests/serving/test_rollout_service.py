@@ -116,7 +116,7 @@ def test_the_service_is_its_model_takes_new_weights_and_ends_on_sigterm(tmp_path
                 service.sync_weights(policy.model)
                 assert check_equal(service, policy.model, policy.tokenizer, requests) == before
             process.send_signal(signal.SIGTERM)
-            assert process.wait(60) == 0
+            assert process.wait(300) == 0
             assert process.stdout.read() == ""
         finally:
             process.kill()

@@ -24,14 +24,14 @@ def test_a_client_that_leaves_frees_its_slots(server, http, more):
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
     head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     assert (
-        http.post("/v1/completions", json={**LONG, "max_tokens": 3}).status_code == 200
+        http.post("/v1/completions", json={**LONG, **more, "max_tokens": 3}).status_code == 200
     )  # the first step takes seconds
     before = figures(http)["cancelled_requests_total"]
     with socket.create_connection(server.url.removeprefix("http://").split(":")) as connection:
         connection.sendall(head.encode() + body)
         wait_until(lambda: figures(http)["running"] == 8)
         assert figures(http)["waiting"] > 0  # sixteen are many
-    wait_until(lambda: figures(http)["running"] + figures(http)["waiting"] == 0, seconds=2)
+    wait_until(lambda: figures(http)["running"] + figures(http)["waiting"] == 0, seconds=20)
     assert figures(http)["cancelled_requests_total"] == before + 1
     assert http.post("/v1/completions", json={**LONG, "n": 1, "max_tokens": 3}).status_code == 200
 
