@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -44,6 +45,8 @@ class RayEngine:
             raise UserError(
                 f"engine: ray cannot be imported ({error}); pip install 'posttrain[ray]', or use --engine vllm"
             ) from None
+        folder = folder.absolute()  # the replicas' processes begin elsewhere
+        guide = guide and replace(guide, folder=guide.folder.absolute())
         self._replicas: list[Any] = []
         self._own = not ray.is_initialized()
         if self._own:

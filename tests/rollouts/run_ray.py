@@ -24,9 +24,10 @@ cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
 cluster.add_node(num_cpus=2)
 os.environ["RAY_ADDRESS"] = cluster.address
 asked = requests(work["prompts"], work["law"])
-guide = load_vllm_guide(work["guide"], load_tokenizer(work["model"]), Guidance(delta=0))
+os.chdir(Path(work["guide"]).parent)  # of which Ray's processes know nothing
+guide = load_vllm_guide(Path(work["guide"]).name, load_tokenizer(work["model"]), Guidance(delta=0))
 handler = signal.getsignal(signal.SIGTERM)
-with RayEngine(Path(work["model"]), dtype="float32", slots=8, guide=guide) as engine:
+with RayEngine(Path(os.path.relpath(work["model"])), dtype="float32", slots=8, guide=guide) as engine:
     found = {"replicas": len(engine._replicas), "settings": engine.settings, "fingerprint": engine.fingerprint}
     found["handler kept"] = signal.getsignal(signal.SIGTERM) is handler
     found["completions"] = plain(engine.generate(asked))

@@ -24,7 +24,7 @@ from posttrain.rollouts.transformers import TransformersEngine
 from tests.decoding.test_vllm import opinionated
 from tests.rollouts.run_vllm import plain, requests
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1500)]
 ROOT = Path(__file__).parents[2]
 LAW = {"temperature": 0.0, "max_tokens": 96}
 
@@ -42,7 +42,7 @@ def test_two_machines_give_what_the_transformers_engine_gives(tmp_path: Path) ->
         text=True,
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        timeout=600,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
@@ -61,7 +61,10 @@ def test_two_machines_give_what_the_transformers_engine_gives(tmp_path: Path) ->
     assert found["completions"] != found["guided"]
     too_long, unknown, died, full, taken = found["refused"]
     assert too_long.startswith("max_tokens: ") and unknown.startswith("prompt: request 0 has token ids outside")
-    assert died == "engine: a process of Ray's has died (ActorDiedError); what is finished is kept, --resume goes on"
+    assert re.fullmatch(
+        r"engine: a process of Ray's has died \(Actor(Died|Unavailable)Error\); what is finished is kept, --resume goes on",
+        died,
+    )
     assert re.match("engine: Ray has room for [01] of 2 replicas now; other work holds the rest", full)
     assert taken.startswith("engine: the Ray cluster has no free GPU") and found["free GPUs"] == 1
 
@@ -88,7 +91,7 @@ def test_a_table_is_collected(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        timeout=600,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     table = read_table(tmp_path / "table")
