@@ -74,6 +74,7 @@ class Replicas:
         self._changed = asyncio.Condition()
         self._watches: set[asyncio.Task[None]] = set()
         self._alone_since: float | None = None
+        self._guidance: Json | None = None  # of the guide that all were started anew with
 
     async def open(self, grace: float = 0.0) -> None:
         """Until every replica was tried and one serves; grace: seconds more than `patience`. Errors: UserError as `complete`."""
@@ -124,21 +125,21 @@ class Replicas:
         if not any(replica.up for replica in self.replicas):
             raise UserError(f"weights: no replica takes {folder}: {self._troubles()}")
 
-    async def restart(self, folder: str, guidance: Json) -> None:
-        """Every replica again, with this guide; what they have in common then is asked anew. Errors: UserError naming `guide`
-        for one that is refused, and as `complete`."""
+    async def restart(self, folder: str, guidance: Json, settings: Json) -> None:
+        """Every replica again, with this guide; what they have in common then, besides its settings, is asked anew. One that
+        cannot be told stays out. Errors: UserError naming `guide` for one that is refused, and as `complete`."""
+        asked = {"folder": folder, "guidance": guidance}
         answers = await asyncio.gather(
             *(
-                self._send("POST", replica, GUIDE, self._timeout, {"folder": folder, "guidance": guidance})
+                self._send("POST", replica, GUIDE, self._timeout if replica.up else self._probe, asked)
                 for replica in self.replicas
-                if replica.up
             ),
             return_exceptions=True,
         )
         for answer in answers:
             if isinstance(answer, httpx.Response) and answer.status_code == 400:
                 raise UserError(f"guide: the service refuses it: {_shown(answer)}")
-        self.identity = None
+        self.identity, self._guidance = None, settings
         for replica in self.replicas:
             replica.up = False
         await self.open(START)
@@ -215,6 +216,8 @@ class Replicas:
             if not identity.keys() >= PARTS:
                 raise Lost("does not say what it serves; is it posttrain rollout-service?")
             replica.stranger = None
+            if self._guidance not in (None, identity["guidance"]):
+                raise Lost("has not started anew with the guide")
             if self.identity is None:
                 self.identity = identity
             try:

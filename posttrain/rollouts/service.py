@@ -169,7 +169,7 @@ class ServiceEngine:
         assert self._replicas is not None
         if restart and self._identity["guidance"] != guide.settings:
             folder = str(guide.folder.absolute())
-            self._wait(self._replicas.restart(folder, asdict(guide.guidance)))
+            self._wait(self._replicas.restart(folder, asdict(guide.guidance), guide.settings))
             self._take_over()
         if self._identity["guidance"] != guide.settings:
             told = json.dumps(asdict(guide.guidance))

@@ -69,14 +69,14 @@ def meanwhile(work):
 @pytest.mark.slow
 def test_every_request_is_completed_once_and_load_is_shared(fake):
     pair = [fake(0.01), fake(0.01)]
-    asked = requests(60)
+    asked = requests(120)
     with ServiceEngine([one.url for one in pair], slots=4, key="secret") as engine:
         assert (engine.fingerprint, engine.context) == (PRINT, 512)
         assert engine.settings == {"engine": "service", "dtype": "float32"}
         check_all(list(engine.generate(asked)), asked)
     for one in pair:
         state = one.state
-        assert state["served"] >= 15 and 2 <= state["most"] <= 4 and state["authorization"] == "Bearer secret"
+        assert state["served"] >= 30 and 2 <= state["most"] <= 4 and state["authorization"] == "Bearer secret"
 
 
 def test_an_abandoned_call_stops_asking(fake):
@@ -135,7 +135,7 @@ def test_a_replica_killed_in_the_middle_and_restarted_changes_no_row(fake, tmp_p
 @pytest.mark.parametrize("mode", ["error", "abort", "other"])
 def test_a_replica_that_goes_wrong_is_left_out_until_it_is_well(fake, mode):
     well, ill = fake(0.02), fake(0.02)
-    asked = requests(200)
+    asked = requests(600)
     with ServiceEngine([well.url, ill.url], slots=4, patience=20) as engine:
         completions = engine.generate(asked)
         found = [next(completions) for _ in range(20)]
@@ -213,7 +213,7 @@ def test_a_network_that_swallows_everything_for_twenty_seconds_is_waited_for(fak
 def test_no_replica_for_too_long_is_one_error(fake):
     one = fake(0.02)
     with ServiceEngine([one.url], slots=4, patience=0.5) as engine:
-        completions = engine.generate(requests(200))
+        completions = engine.generate(requests(600))
         next(completions)
         one.tell(mode="other")
         with pytest.raises(UserError, match="^url: no replica serves for 0.5 seconds: .* serves another model"):
@@ -268,7 +268,7 @@ def test_new_weights_reach_every_replica_and_one_that_does_not_take_them_is_left
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(f'{{"name": "{name}"}}')
         (tmp_path / name / "model.safetensors").touch()
-    asked = requests(40)
+    asked = requests(100)
     with ServiceEngine([one.url for one in pair], slots=4, patience=1) as engine:
         engine.sync_weights(tmp_path / "a")
         assert engine.fingerprint == model_fingerprint(tmp_path / "a") == pair[0].state["fingerprint"]
@@ -327,6 +327,22 @@ def test_replicas_start_anew_with_a_guide_and_give_account_of_it(fake):
             beside.use_guide(guided_by("a"), restart=False)
             with pytest.raises(UserError, match="^guide: the service has another"):
                 beside.use_guide(guided_by("b"), restart=False)
+
+
+@pytest.mark.slow
+def test_a_guide_reaches_a_replica_that_was_out_and_one_that_it_does_not_reach_stays_out(fake):
+    well, ill, deaf = fake(0.01), fake(0.01), fake(0.01)
+    asked = [replace(one, beta=0.1) for one in requests(300)]
+    with ServiceEngine([one.url for one in (well, ill, deaf)], slots=4, patience=20) as engine:
+        ill.tell(mode="error")
+        deaf.kill()
+        list(engine.generate(requests(20)))  # after which both are out
+        engine.use_guide(guided_by("a"), restart=True)
+        assert engine.settings["guidance"] == ill.state["guidance"] == guided_by("a").settings
+        ill.tell(mode="ok", served=0)
+        deaf.start()
+        check_all(list(engine.generate(asked)), asked)
+        assert ill.state["served"] > 0 and deaf.state["served"] == 0
 
 
 @pytest.mark.parametrize(
