@@ -6,7 +6,7 @@ command goes on where it stopped. Every field of the configuration: posttrain.pi
 
 import argparse
 
-from posttrain.cli.engines import add_engine_arguments
+from posttrain.cli.engines import add_engine_arguments, engine_fields
 from posttrain.record import REPORT_TO, begin
 
 
@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> None:
     from posttrain.config import build, read_yaml
     from posttrain.pipelines import dqo
 
-    given = {"out": args.out, "model": args.model, "engine": args.engine, "urls": args.urls}
+    given = {"out": args.out, "model": args.model, **engine_fields(args)}
     overrides = {name: value for name, value in given.items() if value is not None}
     config = build(dqo.DQORunConfig, {**read_yaml(args.config), **overrides})
     begin(config.out, config, args.report_to)

@@ -1,6 +1,7 @@
 """--engine and --url of the commands that a configuration tells the rest."""
 
 import argparse
+from typing import Any
 
 ENGINES = ("transformers", "vllm", "service", "ray")
 
@@ -14,3 +15,9 @@ def add_engine_arguments(parser: argparse.ArgumentParser, engines: tuple[str, ..
         nargs="+",
         help="of --engine service: where posttrain rollout-service runs, once or often",
     )
+
+
+def engine_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """What they put in the place of the configuration's, None for nothing; an engine that is no service has no addresses."""
+    elsewhere = args.engine not in (None, "service") and args.urls is None
+    return {"engine": args.engine, "urls": () if elsewhere else args.urls}

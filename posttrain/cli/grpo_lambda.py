@@ -6,7 +6,7 @@ Interrupted, the same command goes on where it stopped. Every field of the confi
 
 import argparse
 
-from posttrain.cli.engines import add_engine_arguments
+from posttrain.cli.engines import add_engine_arguments, engine_fields
 from posttrain.record import REPORT_TO, begin
 
 
@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> None:
     from posttrain.config import build, read_yaml
     from posttrain.pipelines import grpo_lambda
 
-    given = {"out": args.out, "model": args.model, "seed": args.seed, "engine": args.engine, "urls": args.urls}
+    given = {"out": args.out, "model": args.model, "seed": args.seed, **engine_fields(args)}
     overrides = {name: value for name, value in given.items() if value is not None}
     config = build(grpo_lambda.GRPOLambdaRunConfig, {**read_yaml(args.config), **overrides})
     begin(config.out, config, args.report_to)

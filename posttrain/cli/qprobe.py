@@ -6,7 +6,7 @@ the probe, summary.json and report.html into the run's folder. Every field of th
 
 import argparse
 
-from posttrain.cli.engines import add_engine_arguments
+from posttrain.cli.engines import add_engine_arguments, engine_fields
 from posttrain.record import begin
 
 
@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> None:
     from posttrain.config import build, read_yaml
     from posttrain.pipelines import qprobe
 
-    given = {"out": args.out, "model": args.model, "engine": args.engine, "urls": args.urls}
+    given = {"out": args.out, "model": args.model, **engine_fields(args)}
     overrides = {name: value for name, value in given.items() if value is not None}
     config = build(qprobe.QProbeConfig, {**read_yaml(args.config), **overrides})
     begin(config.out, config)

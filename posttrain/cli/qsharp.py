@@ -8,7 +8,7 @@ runs one stage alone. Every field of the configuration: posttrain.pipelines.qsha
 import argparse
 from pathlib import Path
 
-from posttrain.cli.engines import add_engine_arguments
+from posttrain.cli.engines import add_engine_arguments, engine_fields
 from posttrain.record import REPORT_TO, begin
 
 
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
 
     if args.round is not None and args.stage not in ("collect", "train"):
         raise UserError("round: it goes with --stage collect or --stage train")
-    given = {"out": args.out, "model": args.model, "engine": args.engine, "urls": args.urls}
+    given = {"out": args.out, "model": args.model, **engine_fields(args)}
     overrides = {name: value for name, value in given.items() if value is not None}
     config = build(qsharp.QSharpConfig, {**read_yaml(args.config), **overrides})
     begin(config.out, config, args.report_to)

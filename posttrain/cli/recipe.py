@@ -58,8 +58,8 @@ def _check(name: str, method: str | None, gpus: int | None, gigabytes: float) ->
     from posttrain.pipelines.recipe import line_for, read, validate
 
     recipe = read(name, method)
-    validate(recipe)
     machine = needs.machine_for(recipe, gpus, gigabytes)
+    validate(recipe, max(1, machine.gpus))
     stages = needs.reckon(recipe, machine)
     parts = dict.fromkeys(part for stage in stages.values() for part, size in stage.items() if size)
     rows = [(part, *(_gb(stage.get(part, 0)) for stage in stages.values())) for part in parts]

@@ -217,11 +217,7 @@ def run(config: DQORunConfig, say: Callable[[str], None] = print, tables_in: Pat
     """
     ranks = Ranks(config.device)
     say = say if ranks.first else _silent
-    if config.baselines and ranks.deepspeed:
-        raise UserError(
-            "baselines: are trained in one process or under DDP; leave them out under DeepSpeed, and add them in another run: what "
-            "is finished is kept"
-        )
+    check_launch(config, ranks.count, ranks.deepspeed)
     out = Path(config.out)
     test_plan = _plan(config, config.test_split, config.test_prompts, config.test_samples)
     test_rows = test_plan.rows()
@@ -278,6 +274,17 @@ def _named_table(config: DQORunConfig) -> Path | None:
 def _check_given(path: Path) -> None:
     if not path.exists():
         raise UserError(f"completions: no such rollout table or file: {path}")
+
+
+def check_launch(config: DQORunConfig, processes: int, deepspeed: bool) -> None:
+    """Errors: UserError for what so many processes cannot train."""
+    if config.baselines and deepspeed:
+        raise UserError(
+            "baselines: are trained in one process or under DDP; leave them out under DeepSpeed, and add them in another run: what "
+            "is finished is kept"
+        )
+    if not config.completions:
+        _check_warmup(config.training, config.train_prompts * config.train_samples, processes)
 
 
 def _check_warmup(training: DQOTraining, completions: int, ranks: int = 1) -> None:

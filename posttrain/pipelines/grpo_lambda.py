@@ -288,13 +288,14 @@ def validation_rows(config: GRPOLambdaRunConfig) -> list[Row]:
     return _plan(config, config.validation_split, config.validation_prompts).rows() if config.validation_prompts else []
 
 
-def problems_fingerprint(config: GRPOLambdaRunConfig) -> str:
-    """Of all that a training asks."""
-    return hash_json(_asked(training_rows(config), validation_rows(config)))
+def problems(config: GRPOLambdaRunConfig) -> list[Row]:
+    """All that a training asks."""
+    return [*training_rows(config), *validation_rows(config)]
 
 
-def _asked(rows: Sequence[Row], held_out: Sequence[Row]) -> list[list[str]]:
-    return [[row["problem"], row["answer"]] for row in [*rows, *held_out]]
+def asked(rows: Sequence[Row]) -> list[list[str]]:
+    """What a training depends on of its problems."""
+    return [[row["problem"], row["answer"]] for row in rows]
 
 
 def train(
@@ -313,7 +314,7 @@ def train(
     folder = Path(config.out) / arm
     settings = plain(_settings(config, arm))
     guard = {name: value for name, value in plain(config).items() if name.startswith("validation")}
-    key = hash_json([policy.fingerprint, config.seed, config.prompt, settings, guard, _asked(rows, held_out)])
+    key = hash_json([policy.fingerprint, config.seed, config.prompt, settings, guard, asked([*rows, *held_out])])
     if (folder / MADE_BY).is_file():
         made = read_json(folder / MADE_BY, "policy")
         if made["key"] != key:
@@ -480,10 +481,11 @@ def arguments(config: GRPOLambdaRunConfig, arm: str, folder: Path, use_cpu: bool
     }
     if config.validation_prompts:
         samples = config.validation_samples
+        prompts = min(math.ceil(config.validation_prompts / processes), max(1, settings.batch_size // samples))
         own |= {"eval_strategy": "steps", "eval_steps": config.validation_steps, "eval_on_start": True}
         own |= {
             "num_generations_eval": samples,
-            "per_device_eval_batch_size": samples * min(math.ceil(config.validation_prompts / processes), 64),
+            "per_device_eval_batch_size": samples * prompts,  # as training's: TRL puts all of them through one forward
         }
     known = {entry.name for entry in dataclasses.fields(GRPOLambdaConfig) if entry.init} - set(own)
     for name in settings.trl:

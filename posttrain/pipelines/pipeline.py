@@ -22,6 +22,7 @@ import numpy as np
 
 from posttrain import record
 from posttrain.config import build, within
+from posttrain.data.load import Row
 from posttrain.errors import UserError, nearest
 from posttrain.evaluation.arms import SAMPLED, Arm, sampled_arms
 from posttrain.evaluation.intervals import paired_comparison
@@ -44,8 +45,8 @@ METHODS: dict[str, tuple[ModuleType, type]] = {
     "dqo": (dqo, dqo.DQORunConfig),
     "grpo-lambda": (grpo_lambda, grpo_lambda.GRPOLambdaRunConfig),
 }
-# Those draw their own training problems, of which this is the fingerprint, and no table of completions.
-ONLINE: dict[str, Callable[[Any], str]] = {"grpo-lambda": grpo_lambda.problems_fingerprint}
+# Those draw their own training problems, which this gives, and no table of completions.
+ONLINE: dict[str, Callable[[Any], list[Row]]] = {"grpo-lambda": grpo_lambda.problems}
 # Fields of how the shared tables are sampled that the methods' own commands have, and a pipeline has not.
 OF_TABLES = ("top_p", "least_train_samples", "engine", "urls")
 DEFINED = ("pass@1", "maj@k", "pass@k", *(name for name in qsharp.DEFINED if name not in ("pass@1", "maj@k", "pass@k")))
@@ -212,6 +213,11 @@ def _collect(
     rows = {part: plan.rows() for part, plan in plans.items()}
     if "train" in rows:
         check_overlap(rows["train"], rows["test"])
+    for i, stage in enumerate(stages):
+        if stage.method in ONLINE:
+            with within(f"stages[{i}]."):
+                asked = ONLINE[stage.method](stage.config)
+            check_overlap(asked, rows["test"])
     for part in parts:
         check_folder(out / part, resume=True)
     policy = load_model(config.model, config.device, config.dtype)
@@ -228,7 +234,7 @@ def _outcome(stage: Stage, policy: str, tables: Mapping[str, RolloutTable], say:
     folder, module = Path(stage.config.out), METHODS[stage.method][0]
     used = {part: table.manifest["shards"] for part, table in tables.items()}
     if stage.method in ONLINE:
-        used["train"] = ONLINE[stage.method](stage.config)
+        used["train"] = hash_json(grpo_lambda.asked(ONLINE[stage.method](stage.config)))
     files = named_files(stage.config)
     made_from = {
         "method": stage.method,

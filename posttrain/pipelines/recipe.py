@@ -1,7 +1,7 @@
 """Recipes: a configuration whose header says which command takes it and how that is launched."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ from posttrain.data.load import check_data
 from posttrain.errors import UserError, nearest
 from posttrain.models.architecture import Architecture, architecture
 from posttrain.models.memory import Launch
-from posttrain.pipelines.dqo import DQORunConfig
+from posttrain.pipelines.dqo import DQORunConfig, check_launch
+from posttrain.pipelines.engines import Sampler
 from posttrain.pipelines.grpo_lambda import GRPOLambdaRunConfig, arguments
 from posttrain.pipelines.pipeline import PipelineConfig, stages_of
 from posttrain.pipelines.qprobe import QProbeConfig
@@ -131,12 +132,14 @@ def _beside(name: str, field: str) -> Path:
     raise UserError(f"{field}: no such file: {name}")
 
 
-def validate(recipe: Recipe) -> None:
+def validate(recipe: Recipe, ranks: int | None = None) -> None:
     """What the command itself would refuse, as far as it can be known without data and weights.
 
+    ranks: the processes in all, where a launcher starts several; default: as many as it says.
     Errors: UserError naming the field.
     """
-    check(recipe.command, recipe.config, launch_of(recipe))
+    launch = launch_of(recipe)
+    check(recipe.command, recipe.config, replace(launch, ranks=ranks) if recipe.launcher and ranks else launch)
 
 
 def check(command: str, config: Any, launch: Launch = Launch()) -> None:  # noqa: B008
@@ -152,6 +155,10 @@ def check(command: str, config: Any, launch: Launch = Launch()) -> None:  # noqa
             config.data, prompt=config.prompt, samples=samples, sampling=sampling, slots=config.slots,
             shard_prompts=config.shard_prompts,
         )  # fmt: skip
+    if engine := getattr(config, "engine", None):
+        Sampler(engine, config.urls, getattr(config, "dtype", None))
+        if launch.ranks > 1 and engine in ("vllm", "ray"):
+            raise UserError(f"engine: {engine} runs in one process; several are served by engine: service")
     model = architecture(config.model)
     _check_lengths("max_tokens", config.max_tokens, model)
     if command == "pipeline":
@@ -164,6 +171,7 @@ def check(command: str, config: Any, launch: Launch = Launch()) -> None:  # noqa
         _check_layers("value.layers", config.value.layers or 0, value_base(config))
     if command == "dqo":
         _check_layers("training.value_layers", config.training.value_layers or 0, model)
+        check_launch(config, launch.ranks, launch.zero is not None)
     if command == "grpo-lambda":
         _check_lengths("training.max_tokens", config.training.max_tokens, model)
         for arm in config.arms:

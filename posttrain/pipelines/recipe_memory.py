@@ -12,6 +12,7 @@ from posttrain.models.memory import BFLOAT16, FLOAT32, Batch, Launch, Precision,
 from posttrain.pipelines.pipeline import stages_of
 from posttrain.pipelines.recipe import Recipe, launch_of, value_base
 from posttrain.rollouts.transformers import PREFILL_TOKENS
+from posttrain.rollouts.vllm import MEMORY_SHARE
 
 GB = 1e9
 FREE = 0.05  # of a GPU: CUDA's own, and what fragmentation wastes
@@ -105,7 +106,7 @@ def _part(recipe: Recipe) -> str:
 
 
 def _launchers(recipe: Recipe) -> Iterator[Iterator[tuple[str, Recipe]]]:
-    if recipe.launcher is None:
+    if recipe.launcher is None or getattr(recipe.config, "baselines", None):
         return
     settings = getattr(recipe.config, _part(recipe))
     adapters = any(getattr(settings, name, None) for name in ("lora_rank", "value_lora_rank"))
@@ -186,8 +187,12 @@ def _precision(bf16: bool, launch: Launch) -> Precision:
     return "float32" if not bf16 else "autocast" if launch.zero is None else "bfloat16"
 
 
-def _sampling(config: Any, model: Architecture, width: int) -> Parts:
-    """Our engine with `slots` requests."""
+def _sampling(config: Any, model: Architecture, width: int, machine: Machine) -> Parts:
+    """Our engine with `slots` requests, or vLLM, for which the policy leaves the GPU; a service's memory is not this machine's."""
+    if config.engine == "service":
+        return {"policy": width * model.parameters}
+    if config.engine != "transformers" and machine.gpus:
+        return {"vLLM": int(MEMORY_SHARE * machine.memory)}
     time = _time(config, model, config.max_tokens)
     return {
         "policy": width * model.parameters,
@@ -208,7 +213,7 @@ def _dqo(config: Any, launch: Launch, machine: Machine) -> Stages:
     accumulated = settings.accumulation > 1 or launch.ranks > 1
     head = memory.our_head(policy, batch, precision)
     waiting = 0 if machine.gpus else FLOAT32 * model.parameters  # a GPU's goes to the machine's own memory
-    stages = {"sampling": _sampling(config, model, FLOAT32)}
+    stages = {"sampling": _sampling(config, model, FLOAT32, machine)}
     if launch.zero == 3:
         whole = {"policy": FLOAT32 * policy.weights, "value model": FLOAT32 * critic.weights}
         stages["start"] = whole  # every rank has both whole before DeepSpeed shares them out
@@ -253,12 +258,12 @@ def _grpo_lambda(config: Any, launch: Launch, machine: Machine) -> Stages:
         "DeepSpeed's buffers": memory.zero_buffers((policy,), precision, launch),
         "vLLM": int(share * machine.memory) if vllm and machine.gpus else 0,
     }
-    stages = {"sampling": _sampling(config, model, FLOAT32)}
+    stages = {"sampling": _sampling(config, model, FLOAT32, machine)}
     if launch.zero == 3:
         stages["start"] = {"policy": FLOAT32 * model.parameters, "vLLM": always["vLLM"]}
-    if not settings.trl.get("use_vllm"):
-        # Without vLLM transformers generates a whole step's completions in one batch, on CPUs our engine does.
-        rows = completions if machine.gpus else config.slots
+    if config.engine != "service" and not settings.trl.get("use_vllm"):
+        # Without vLLM transformers generates a rank's share of a step in one batch, on CPUs our engine does.
+        rows = math.ceil(completions / launch.ranks) if machine.gpus else config.slots
         width = memory.weight_bytes(precision)
         stages["roll-outs"] = {
             **always,
@@ -295,7 +300,7 @@ def _qsharp(config: Any, launch: Launch, machine: Machine) -> Stages:
         state = memory.state(value, precision, launch)
         acts = memory.backward((value,), batch, precision, 0, state["gradients"], False)
     state = memory.state(value, precision, launch)
-    stages = {"sampling": _sampling(config, model, width)}
+    stages = {"sampling": _sampling(config, model, width, machine)}
     if not shared:
         stages["start"] = {**policy, "value model": FLOAT32 * value.weights, "its base": FLOAT32 * base.parameters}
     stages["training"] = {
@@ -306,8 +311,8 @@ def _qsharp(config: Any, launch: Launch, machine: Machine) -> Stages:
         "DeepSpeed's buffers": memory.zero_buffers((value,), precision, launch),
         "activations": acts,
     }
-    guided = _sampling(config, model, width)
-    if not shared:
+    guided = _sampling(config, model, width, machine)
+    if not shared and "KV cache" in guided:
         children = config.slots * config.guidance.candidates if settings.head == "v" else config.slots
         guided["value model"] = width * value.weights
         guided["KV cache"] += memory.kv_cache(body, config.slots, time + config.guidance.candidates, width)
@@ -328,7 +333,7 @@ def _value(config: Any) -> Trained:
 def _qprobe(config: Any, launch: Launch, machine: Machine) -> Stages:
     model, width = architecture(config.model), _width(config, machine)
     return {
-        "sampling": _sampling(config, model, width),
+        "sampling": _sampling(config, model, width, machine),
         "features": {
             "policy": width * model.parameters,
             "activations": memory.forward(model, FEATURE_TOKENS, width),

@@ -21,6 +21,8 @@ SERVICE = ("--engine", "service", "--url", "http://127.0.0.1:1")
             SERVICE,
             "guidance.outside: must be mask in vLLM",
         ),
+        # The configuration's service is left, its addresses with it: what is refused is another thing.
+        ("dqo", "engine: service\nurls: [http://x:1]\ndata: none", ("--engine", "transformers"), "data: no data set"),
         ("grpo-lambda", "", ("--engine", "vllm"), "--engine: invalid choice: 'vllm'"),
         ("grpo-lambda", "training: {trl: {use_vllm: true}}", SERVICE, "training.trl.use_vllm: with engine: service"),
     ],

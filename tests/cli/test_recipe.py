@@ -65,6 +65,7 @@ def test_check_without_gpus(capsys):
         (["list", "dqo"], "name: list has none"),
         (["show", "dqo/arithmetik"], "name: no recipe or file dqo/arithmetik (did you mean dqo/arithmetic?)"),
         (["check", "dqo/arithmetic", "--gpus", "-1"], "--gpus: must not be negative"),
+        (["check", "grpo_lambda/qwen3_8b_math", "--gpus", "6"], "training.batch_size: in 6 processes 48 completions"),
         (["tell", "dqo/arithmetic"], "verb: invalid choice: 'tell'"),
     ],
 )

@@ -147,6 +147,14 @@ def test_processes_share_what_a_step_takes(tmp_path):
         arguments(config, "grpo", tmp_path, True, 5)
 
 
+def test_no_more_is_validated_at_once_than_trained_on(tmp_path):
+    """TRL puts an evaluation's batch through one forward, logits and all."""
+    for batch_size, prompts, expected in ((16, 100, 16), (18, 100, 16), (16, 3, 12), (2, 100, 4)):
+        training = replace(SMALL.training, prompts_per_step=72, samples=8, batch_size=batch_size)
+        config = replace(SMALL, training=training, validation_prompts=prompts, validation_samples=4)
+        assert arguments(config, "grpo", tmp_path, True).per_device_eval_batch_size == expected
+
+
 def test_the_reward_grades_the_answer():
     completions = [[{"role": "assistant", "content": text}] for text in ("2+2=(4.)4;#### 4", "#### 5", "no idea")]
     assert correctness(completions, ["4"] * 3) == [1.0, 0.0, 0.0]

@@ -281,6 +281,18 @@ def test_a_wrong_field_is_named_before_anything_is_done(tmp_path, changes, messa
     assert str(refused.value).startswith(message)
 
 
+def test_the_problems_of_every_stage_are_looked_at_before_anything_is_sampled(tmp_path):
+    stages = [{"method": "qprobe"}, {"method": "grpo-lambda", "validation_split": "vall"}]
+    with pytest.raises(UserError, match=r"^stages\[1\].split: .*vall"):
+        module.run(small(tmp_path, stages=stages))
+    data = tmp_path / "sums.jsonl"  # which has no splits
+    data.write_text("".join(json.dumps({"problem": f"{i}+1=?", "answer": str(i + 1)}) + "\n" for i in range(20)))
+    stages = [{"method": "grpo-lambda", "validation_prompts": 0}]
+    with pytest.raises(UserError, match="^data: 6 test problems are training problems too"):
+        module.run(small(tmp_path, stages=stages, data=str(data)))
+    assert not list(tmp_path.rglob("*.parquet"))
+
+
 def test_a_launcher_of_several_processes_is_refused(tmp_path, monkeypatch):
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)

@@ -73,6 +73,11 @@ BROKEN = [  # what is put into a right recipe, its launch line, and the words th
     ("dqo", {"out": None}, "out: must be of type str, got None"),
     ("dqo", {"test_split": "train"}, "test_split: train is the training split too"),
     (f"{ACCELERATE}posttrain dqo", {"training": {"lora_rank": 8}}, "training.lora_rank: adapters cannot be merged"),
+    (f"{ACCELERATE}posttrain dqo", {"baselines": ["dpo"]}, "baselines: are trained in one process or under DDP"),
+    (f"{ACCELERATE}posttrain dqo", {"engine": "vllm"}, "engine: vllm runs in one process; several are served by engine: service"),
+    ("dqo", {"engine": "service"}, "urls: give at least one, as in --url http://127.0.0.1:8000"),
+    ("grpo-lambda", {"urls": ["http://127.0.0.1:8000"]}, "urls: they are the service's; with them goes engine: service"),
+    ("pipeline", {"stages": [{"method": "grpo-lambda", "engine": "service"}]}, "stages[0].urls: give at least one"),
     ("qsharp", {"value": {"head": "w"}}, "value.head: must be one of v, q, shared, got 'w'"),
     ("qsharp", {"value": {"layers": 9}}, "value.layers: tiny has 4 layers, got 9"),
     ("qsharp", {"value": {"base": "./nowhere"}}, "value.base: no such folder or file: ./nowhere"),
@@ -97,6 +102,20 @@ def test_a_broken_recipe_is_refused_with_the_right_words(command, fields, messag
     with pytest.raises(UserError) as refused:
         validate(read(str(path)))
     assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "message"),
+    [
+        ("grpo_lambda/qwen3_8b_math", 6, "training.batch_size: in 6 processes 48 completions go forward at once"),
+        ("dqo/qwen2_7b_gsm8k", 10**6, "training.critic_warmup_steps: must be less than the run's 1 steps"),
+    ],
+)
+def test_what_so_many_processes_cannot_train_is_refused(name, ranks, message):
+    validate(read(name))
+    with pytest.raises(UserError) as refused:
+        validate(read(name), ranks)
+    assert message in str(refused.value)
 
 
 @pytest.mark.parametrize(

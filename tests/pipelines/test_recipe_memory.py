@@ -60,6 +60,30 @@ def test_a_long_batch_is_halved():
     assert "value.batch_size: 16" in {knob.change for knob in knobs(recipe, Machine(1, int(50e9)))}
 
 
+def test_each_rank_generates_its_share_and_a_service_all_of_it():
+    from dataclasses import replace
+
+    recipe = read("grpo_lambda/qwen3_8b_math")
+    without = replace(recipe.config, training=replace(recipe.config.training, trl={}))
+    caches = [
+        reckon(replace(recipe, config=without), Machine(gpus, int(80e9)))["roll-outs"]["KV cache"] for gpus in (8, 16)
+    ]
+    assert caches[0] == 2 * caches[1] > 0
+    served = replace(without, engine="service", urls=("http://127.0.0.1:8000",))
+    stages = reckon(replace(recipe, config=served), H100)
+    assert "roll-outs" not in stages and stages["sampling"].keys() == {"policy"}
+
+
+def test_vllm_takes_its_share_alone():
+    from dataclasses import replace
+
+    recipe = read("qsharp/gsm8k_qwen")
+    value, guidance = replace(recipe.config.value, head="q"), replace(recipe.config.guidance, outside="mask")
+    config = replace(recipe.config, engine="vllm", value=value, guidance=guidance)
+    stages = reckon(replace(recipe, config=config), Machine(1, int(80e9)))
+    assert stages["sampling"] == stages["guided"] == {"vLLM": int(0.85 * 80e9)}
+
+
 def test_a_batch_of_pairs_has_twice_as_many_rows():
     """Of a shared head, which is all that learns, each is read for Q and for V as well."""
     from dataclasses import replace
