@@ -120,20 +120,6 @@ def best_of_each(scores: Tensor, rewards: Tensor, k: int | Tensor, mask: Tensor 
     return (weights * rewards).masked_fill(~mask, 0).sum(-1)
 
 
-def value_curve(
-    scores: Tensor,
-    rewards: Tensor,
-    ks: Sequence[int],
-    beta: float = 0.0,
-    generator: torch.Generator | None = None,
-    mask: Tensor | None = None,
-) -> list[float]:
-    """Reward of re-ranking against k, by any scorer: exact for the argmax (beta 0), by `chunked_value` otherwise."""
-    if beta == 0:
-        return [best_of_k(scores, rewards, k, mask).item() for k in ks]
-    return [chunked_value(scores, rewards, k, beta, generator, mask).item() for k in ks]
-
-
 def _checked(scores: Tensor, rewards: Tensor, k: int | Tensor, mask: Tensor | None) -> Tensor:
     mask = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
     samples = mask.sum(-1)

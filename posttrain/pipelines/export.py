@@ -206,9 +206,10 @@ def _find_made(folder: Path, config: dict[str, Any], found: Found, trained: bool
     arms = [folder / str(name) for name in config.get("arms") or ()]
     made = [arm for arm in arms if (arm / "made_by.json").is_file()]
     if trained and made:
-        found.parts[POLICY].append(made[-1])
-        found.methods.append("GRPO-lambda" if made[-1].name == "grpo_lambda" else "GRPO")
-        found.own_arms.append(re.escape(made[-1].name))
+        arm = next((arm for arm in made if arm.name == "grpo_lambda"), made[-1])
+        found.parts[POLICY].append(arm)
+        found.methods.append("GRPO-lambda" if arm.name == "grpo_lambda" else "GRPO")
+        found.own_arms.append(re.escape(arm.name))
 
 
 def _one(folders: Sequence[Path], fingerprint: Any, plural: str) -> Path | None:

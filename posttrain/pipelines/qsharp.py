@@ -246,9 +246,10 @@ class Work:
         return load_guide(self._value(number), self.policy, replace(self.config.guidance, law=law))
 
     def sampling_guide(self, number: int, law: Law = "qsharp") -> ValueGuide | VLLMGuide:
-        """The same, of the engine that samples."""
+        """The same, of the engine that samples: where that is another than ours, which may want the GPU, ours are let go."""
         if self.config.engine == "transformers":
             return self.guide(number, law)
+        self.guide.cache_clear()
         return load_vllm_guide(self._value(number), self.policy, replace(self.config.guidance, law=law))
 
     def _value(self, number: int) -> Path:
@@ -337,7 +338,7 @@ class Work:
         """pi_ref, its votes and re-rankings, every round's guided policy, and CD at the KL of the last one."""
         config = self.config
         for number in range(1, config.rounds + 1):
-            self.guide(number)  # refused before anything is sampled
+            self.sampling_guide(number)  # refused before anything is sampled
         trainings = [self.train(number) for number in range(1, config.rounds + 1)]  # made already, by these settings
         if not is_finished(self.tables_in / "test"):
             self.say(f"test: {config.k} completions of each of {len(self.test_rows)} prompts")

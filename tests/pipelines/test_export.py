@@ -87,6 +87,20 @@ def test_the_card_has_the_figures_with_intervals(exported):
     assert "- name: out\n" in text
 
 
+@pytest.mark.parametrize(
+    ("trained", "exported"), [(("grpo_lambda", "grpo"), "GRPO-lambda"), (("plain", "grpo"), "GRPO")]
+)
+def test_of_several_trained_policies_the_gated_one_is_exported(tmp_path, trained, exported):
+    policy = load_model("tiny", "cpu", "float32")
+    for name in trained:
+        policy.model.save_pretrained(tmp_path / "run" / name)
+        policy.tokenizer.save_pretrained(tmp_path / "run" / name)
+        (tmp_path / "run" / name / "made_by.json").write_text("{}")
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump({**BASE, "arms": list(trained)}))
+    export([str(tmp_path / "run")], tmp_path / "out")
+    assert f"trained by {exported}\n" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_an_adapter_is_merged(tmp_path):
     from peft import LoraConfig, get_peft_model
 

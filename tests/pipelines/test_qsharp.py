@@ -1,7 +1,9 @@
 """Q# from beginning to end, on a handful of problems; and, slow, what it must reach."""
 
+import gc
 import json
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,6 +104,19 @@ def test_the_beta_of_cd_is_looked_for_anew_where_it_is_that_of_something_else(fi
         Work(replace(config, **change), said.append).matched_beta(2)
         assert said.pop(0) == "round 2: looking for the beta at which CD has the KL of Q#"
         said.clear()
+
+
+@pytest.mark.slow
+def test_where_another_engine_samples_it_has_the_gpu_for_itself(finished, tmp_path, monkeypatch):
+    """What a value model takes there is given back before that engine starts."""
+    out, _, _ = finished
+    shutil.copytree(out / "round-1", tmp_path / "round-1")
+    work = Work(replace(SMALL, out=str(tmp_path), rounds=1, engine="vllm"))
+    held = weakref.ref(work.guide(1).value)
+    assert held() is not None
+    served = work.sampling_guide(1)
+    gc.collect()
+    assert held() is None and served.fingerprint == work.guide(1).fingerprint
 
 
 @pytest.mark.parametrize("stage", [None, "evaluate"])
