@@ -136,9 +136,18 @@ class Replicas:
             ),
             return_exceptions=True,
         )
-        for answer in answers:
-            if isinstance(answer, httpx.Response) and answer.status_code == 400:
+        untold = []
+        for replica, answer in zip(self.replicas, answers, strict=True):
+            if not isinstance(answer, httpx.Response):
+                untold.append(f"{replica.url} {answer}")
+            elif answer.status_code == 400:
                 raise UserError(f"guide: the service refuses it: {_shown(answer)}")
+            elif answer.status_code != 202:
+                untold.append(f"{replica.url} answers {_shown(answer)}")
+            elif _json(answer).get("guidance") != settings:
+                raise UserError(f"guide: {replica.url} reads another one in {folder}; all must see the same files")
+        if len(untold) == len(self.replicas):
+            raise UserError(f"guide: no replica starts anew with it: {'; '.join(untold)}")
         self.identity, self._guidance = None, settings
         for replica in self.replicas:
             replica.up = False

@@ -1,7 +1,8 @@
 """A stand-in for `posttrain rollout-service` in a process of its own: completions are a pure function of prompt and seed.
 
 python fake_replica.py PORT [FINGERPRINT]      prints its port once it serves
-POST /fake {"mode": ..., "delay": ...}         ok | hang | error | abort | refuse | busy | other | deaf; GET /fake: what it has done
+GET /fake: what it has done; POST /fake {"mode": ..., "delay": ...}, a mode being one of
+ok | hang | error | abort | refuse | busy | other | deaf | old | elsewhere
 """
 
 import json
@@ -66,8 +67,10 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/v1/guide":
             if body["folder"].endswith("bad"):
                 return self.answer(400, {"error": "guide: it is bad"})
+            if state["mode"] == "old":
+                return self.answer(404, {"error": "no such path"})
             state["guidance"], state["starting"] = {"folder": body["folder"], **body["guidance"]}, 2
-            self.answer(202, {})
+            self.answer(202, {"guidance": None if state["mode"] == "elsewhere" else state["guidance"]})
         elif self.path == "/v1/guide/account":
             if (ids := accounts.pop(body["record"], None)) != body["ids"]:
                 return self.answer(404, {"error": "no such record"})

@@ -330,19 +330,36 @@ def test_replicas_start_anew_with_a_guide_and_give_account_of_it(fake):
 
 
 @pytest.mark.slow
-def test_a_guide_reaches_a_replica_that_was_out_and_one_that_it_does_not_reach_stays_out(fake):
-    well, ill, deaf = fake(0.01), fake(0.01), fake(0.01)
+def test_a_guide_reaches_a_replica_that_was_out_and_what_it_does_not_reach_stays_out(fake):
+    """Also where that one is the first to answer: who was told is at work on it."""
+    well, ill, old = fake(0.01), fake(0.01), fake(0.01)
     asked = [replace(one, beta=0.1) for one in requests(300)]
-    with ServiceEngine([one.url for one in (well, ill, deaf)], slots=4, patience=20) as engine:
+    with ServiceEngine([one.url for one in (well, ill, old)], slots=4, patience=20) as engine:
         ill.tell(mode="error")
-        deaf.kill()
-        list(engine.generate(requests(20)))  # after which both are out
+        old.tell(mode="old")
+        list(engine.generate(requests(40)))
         engine.use_guide(guided_by("a"), restart=True)
         assert engine.settings["guidance"] == ill.state["guidance"] == guided_by("a").settings
-        ill.tell(mode="ok", served=0)
-        deaf.start()
+        for one in (ill, old):
+            one.tell(mode="ok", served=0)
         check_all(list(engine.generate(asked)), asked)
-        assert ill.state["served"] > 0 and deaf.state["served"] == 0
+        assert ill.state["served"] > 0 and old.state["served"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ("old", "^guide: no replica starts anew with it: http://.* answers 404: .*no such path"),
+        ("elsewhere", "^guide: http://.* reads another one in /guides/a; all must see the same files"),
+    ],
+)
+def test_a_guide_that_no_replica_takes_is_told_at_once(fake, mode, message):
+    one = fake()
+    with ServiceEngine([one.url], slots=4, patience=20) as engine:
+        one.tell(mode=mode)
+        with pytest.raises(UserError, match=message):
+            engine.use_guide(guided_by("a"), restart=True)
 
 
 @pytest.mark.parametrize(
