@@ -10,6 +10,7 @@ from posttrain import record
 from posttrain.errors import UserError
 from posttrain.evaluation.arms import SAMPLED, Arm
 from posttrain.evaluation.arms_file import ARMS, Measured, read_arms
+from posttrain.evaluation.harness_report import GUIDED_BY
 from posttrain.evaluation.report import SAMPLES
 from posttrain.record import Status, read_attempts, read_metrics, read_status
 
@@ -153,7 +154,8 @@ def _json(path: Path) -> dict[str, Any]:
 def comparable(runs: Sequence[Recorded]) -> list[Measured]:
     """The arms of all runs by the problems they were measured on: those of one list can be compared, those of two cannot.
 
-    Of several runs an arm's title names its run, except where it is the same in all that have it: one model, sampled alike.
+    A model that is guided in one of them is a base, as that of a method's run is. Of several runs an arm's title names its run,
+    except where it is the same in all that have it: one model, sampled alike.
     Where a run has measured a list more than once, as two benchmarks that ask the same problems do, it names the measurement.
     """
     lists = {each.fingerprint: each for run in reversed(runs) for each in reversed(run.measured)}
@@ -162,10 +164,13 @@ def comparable(runs: Sequence[Recorded]) -> list[Measured]:
         measured = [(run, each) for run in runs for each in run.measured if each.fingerprint == fingerprint]
         titles = dict.fromkeys(each.title for _, each in measured)
         several = len({run.name for run, _ in measured}) < len({(run.name, each.title) for run, each in measured})
+        bases = {
+            arm.title.partition(GUIDED_BY)[0] for _, each in measured for arm in each.arms if GUIDED_BY in arm.title
+        }
         arms = [
-            (run, replace(arm, title=f"{each.title}: {arm.title}") if several else arm)
+            (run, replace(arm, title=f"{each.title}: {arm.title}" if several else arm.title))
             for run, each in measured
-            for arm in each.arms
+            for arm in (replace(arm, name="base") if arm.title in bases else arm for arm in each.arms)
         ]
         scores: dict[str, list[tuple[float, ...]]] = {}
         for _, arm in arms:
@@ -174,7 +179,8 @@ def comparable(runs: Sequence[Recorded]) -> list[Measured]:
         for run, arm in arms:
             alike = len(scores[arm.title]) > 1 and len(set(scores[arm.title])) == 1
             title = arm.title if alike or len(runs) == 1 else f"{run.name}: {arm.title}"
-            shown.setdefault(title, replace(arm, title=title))
+            if title not in shown or arm.name == "base":
+                shown[title] = replace(arm, title=title)
         title = ", ".join(titles) if several else first.title
         found.append(replace(first, title=title, arms=tuple(shown.values())))
     return found

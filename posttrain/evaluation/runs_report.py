@@ -8,7 +8,7 @@ from pathlib import Path
 
 from posttrain.evaluation.arms import Arm
 from posttrain.evaluation.arms_file import Measured
-from posttrain.evaluation.harness_report import GUIDED_BY, percent, signed_interval, table_lines
+from posttrain.evaluation.harness_report import percent, signed_interval, table_lines
 from posttrain.evaluation.intervals import paired_comparison
 from posttrain.evaluation.metrics import DEFINITIONS
 from posttrain.evaluation.plots import kl_plane, step_curves, token_plane
@@ -178,21 +178,20 @@ def _comparison(found: Measured, runs: Sequence[Recorded]) -> Comparison:
         caption = (
             "Accuracy of one sample against KL to the reference, with 95 % intervals; the model alone stands at 0."
         )
-        known = [arm for arm in found.arms if _kl(arm, found.arms) is not None]
-        figures.append(Figure(kl_plane(known, sweeps), caption))
-    table: Table = (ARM, [_arm(arm, _kl(arm, found.arms)) for arm in found.arms])
+        figures.append(Figure(kl_plane([arm for arm in found.arms if _kl(arm) is not None], sweeps), caption))
+    table: Table = (ARM, [_arm(arm) for arm in found.arms])
     paired: Table = (PAIRED, [_paired(*pair) for pair in pairs(found.arms)])
     return Comparison(found.title, len(found.problems), found.fingerprint, table, paired, figures)
 
 
-def _kl(arm: Arm, arms: Sequence[Arm]) -> float | None:
-    """None where it is not known, as of trained weights: only a run's own base, and a model that others here guide, stand at 0."""
-    alone = arm.name == "base" or any(other.title.startswith(f"{arm.title}{GUIDED_BY}") for other in arms)
-    return arm.measures.get("kl", 0.0 if alone else None)
+def _kl(arm: Arm) -> float | None:
+    """None where it is not known, as of trained weights."""
+    return arm.measures.get("kl", 0.0 if arm.name == "base" else None)
 
 
-def _arm(arm: Arm, kl: float | None) -> Sequence[str]:
+def _arm(arm: Arm) -> Sequence[str]:
     low, high = arm.interval
+    kl = _kl(arm)
     return (
         arm.title,
         percent(arm.accuracy),
@@ -207,7 +206,7 @@ def pairs(arms: Sequence[Arm]) -> Iterable[tuple[Arm, Arm]]:
     fair = [arm for arm in arms if arm.name.rpartition("/")[2] != "oracle"]
     if len(fair) < 2:
         return []
-    first = next((arm for arm in fair if arm.name == "base"), fair[0])
+    first = next((arm for name in ("base", "model") for arm in fair if arm.name == name), fair[0])
     best = max(fair, key=lambda arm: arm.accuracy)
     found = [(arm, first) for arm in fair if arm is not first]
     return [*found, *((arm, best) for arm in fair if arm is not best and arm is not first and best is not first)]

@@ -186,6 +186,7 @@ def publish(table: RolloutTable) -> Path:
         scores=None,
         definitions=(
             *("pass@1", "maj@k", "pass@k", "tokens", "seconds"),
+            *(("KL",) if arms["base"].measures else ()),
             *("truncation", "answer found", "grader error", "interval"),
         ),
         manifest=table.manifest,

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -143,6 +144,23 @@ def test_only_a_runs_base_and_what_others_guide_stand_at_no_kl(tmp_path):
     (tmp_path / "STATUS").write_text("finished\nstarted: 2026-01-01\npid: 1\n")
     (found,) = write_runs_report([tmp_path], tmp_path / "report")
     assert {row[0][:9]: row[-1] for row in found.arms[1]} == {"tiny": "0.00", "tiny, gui": "1.50", "runs/dqo/": ""}
+
+
+def test_of_several_runs_too_who_is_guided_stands_at_no_kl_and_is_what_others_are_compared_with(tmp_path):
+    title = "tiny, guided by Q# (0123456789abcdef) at beta 0.3"
+    page(tmp_path / "guided", {"guided": arm("guided", title, 0.9, 40, 60, 0, kl=1.5)}, PROBLEMS)
+    page(tmp_path / "trained", {"model": arm("model", "runs/dqo/policy", 0.8, 40, 60, 1)}, PROBLEMS)
+    page(tmp_path / "plain", {"model": arm("model", "tiny", 0.5, 40, 60, 2)}, PROBLEMS)
+    (found,) = write_runs_report([tmp_path / name for name in ("guided", "trained", "plain")], tmp_path / "report")
+    assert [row[-1] for row in found.arms[1]] == ["1.50", "", "0.00"]
+    assert {row[1] for row in found.paired[1][:2]} == {"plain: tiny"}
+
+
+def test_a_base_that_a_table_alone_has_too_is_still_one(folders, tmp_path):
+    (own,) = read_arms(folders[0])
+    page(tmp_path / "table", {"model": replace(own.arms[0], name="model")}, PROBLEMS)
+    (found,) = write_runs_report([tmp_path / "table", folders[0]], tmp_path / "report")
+    assert found.arms[1][0][0] == "one sample" and found.arms[1][0][-1] == "0.00"
 
 
 def test_the_sweeps_of_two_stages_are_two_lines(folders, tmp_path):
