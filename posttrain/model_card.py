@@ -1,6 +1,7 @@
 """The card of a trained model: README.md in its folder, in the form that the hub reads and people do."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,18 +27,19 @@ def write_card(
 ) -> Path:
     """Writes the card of the model in `folder`, trained from `base` by `method`; the card's path.
 
-    paper: an arXiv number. data: what it was trained on; measured_on: what the figures are of. figures: title -> `accuracy`,
-    its `interval` of 95 % and `tokens` per answer, of this model (`own` is its title) and of what stands beside it. settings:
-    all that the training was told. notes: Markdown paragraphs on how it is used.
+    paper: an arXiv number. data: what it was trained on; measured_on: what the figures are of, as `data/split`. figures: title ->
+    `accuracy`, its `interval` of 95 % and `tokens` per answer, of this model (`own` is its title) and of what stands beside it.
+    settings: all that the training was told. notes: Markdown paragraphs on how it is used.
     """
     from huggingface_hub import EvalResult, ModelCardData  # half a second of import
 
     folder, figures = Path(folder), figures or {}
     measured = figures.get(own) if own else None
     results = None
-    if measured and measured_on:
-        accuracy = measured["accuracy"]
-        results = [EvalResult("text-generation", measured_on, measured_on, "accuracy", accuracy, metric_name="pass@1")]
+    dataset, _, split = (measured_on or "").rpartition("/")
+    if measured and re.fullmatch(r"([\w-]+/)?[\w.-]+", dataset):  # as the hub asks of a data set's id
+        metric: dict[str, Any] = {"metric_value": measured["accuracy"], "metric_name": "pass@1"}
+        results = [EvalResult("text-generation", dataset, dataset, "accuracy", dataset_split=split, **metric)]
     card = ModelCardData(
         base_model=base if _is_of_the_hub(base) else None,
         library_name="transformers",

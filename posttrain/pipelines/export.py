@@ -156,9 +156,7 @@ def _find_of_run(folder: Path, found: Found) -> None:
                 _find_made(stage, config, found, trained)
     if all(len(paths) == before[kind] for kind, paths in found.parts.items()):
         raise UserError(f"source: {folder} has made no policy, value model or probe; is it finished?")
-    config = _config(folder)
-    found.base = str(config["model"])
-    found.data = config.get("completions") or f"{config['data']}/{config['train_split']}"
+    found.base = str(_config(folder)["model"])
     if len(found.parts[POLICY]) == before[POLICY]:
         found.parts[POLICY].append(model_folder(found.base))
     for measured in read_arms(folder):
@@ -186,6 +184,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _find_made(folder: Path, config: dict[str, Any], found: Found, trained: bool = True) -> None:
     """trained: policies too."""
+    methods = len(found.methods)
     rounds = sorted(folder.glob("round-*/value/made_by.json"), key=lambda path: int(path.parents[1].name[6:]))
     if rounds:
         number = int(rounds[-1].parents[1].name[6:])
@@ -210,6 +209,8 @@ def _find_made(folder: Path, config: dict[str, Any], found: Found, trained: bool
         found.parts[POLICY].append(arm)
         found.methods.append("GRPO-lambda" if arm.name == "grpo_lambda" else "GRPO")
         found.own_arms.append(re.escape(arm.name))
+    if len(found.methods) > methods:
+        found.data = config.get("completions") or f"{config['data']}/{config['train_split']}"
 
 
 def _one(folders: Sequence[Path], fingerprint: Any, plural: str) -> Path | None:

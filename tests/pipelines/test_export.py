@@ -124,7 +124,8 @@ def test_a_stage_of_a_pipeline_and_the_whole_of_it(runs, tmp_path):
         stage.parent.mkdir(exist_ok=True)
         stage.symlink_to(runs / run)
     for run in ("guided", "probed"):
-        (runs / run / "stage.json").write_text(json.dumps({"key": "0123456789abcdef", "config": {**BASE, "beta": 0.3}}))
+        config = {**BASE, "beta": 0.3, "completions": "given.jsonl"}
+        (runs / run / "stage.json").write_text(json.dumps({"key": "0123456789abcdef", "config": config}))
     (pipeline / "config.yaml").write_text(yaml.safe_dump({**BASE, "stages": []}))
     try:
         assert {"value/config.json", "probe/config.json"} <= set(export([str(pipeline)], tmp_path / "all"))
@@ -138,6 +139,7 @@ def test_a_stage_of_a_pipeline_and_the_whole_of_it(runs, tmp_path):
         page(pipeline, arms(20, *trained), [f"{i}+1" for i in range(20)])
         export([str(pipeline)], tmp_path / "card")  # whose weights are not those of GRPO
         card = (tmp_path / "card" / "README.md").read_text()
+        assert "on given.jsonl, with" in card
         assert "| **Q#, round 2** |" in card and "| GRPO-lambda |" in card
     finally:
         for run in ("guided", "probed"):
