@@ -481,7 +481,10 @@ def arguments(config: GRPOLambdaRunConfig, arm: str, folder: Path, use_cpu: bool
     }
     if config.validation_prompts:
         samples = config.validation_samples
-        prompts = min(math.ceil(config.validation_prompts / processes), max(1, settings.batch_size // samples))
+        share, limit = math.ceil(config.validation_prompts / processes), max(1, settings.batch_size // samples)
+        prompts = math.ceil(
+            share / math.ceil(share / limit)
+        )  # even: TRL's mean is over batches, however small the last one
         own |= {"eval_strategy": "steps", "eval_steps": config.validation_steps, "eval_on_start": True}
         own |= {
             "num_generations_eval": samples,

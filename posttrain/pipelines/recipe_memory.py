@@ -188,11 +188,16 @@ def _precision(bf16: bool, launch: Launch) -> Precision:
 
 
 def _sampling(config: Any, model: Architecture, width: int, machine: Machine) -> Parts:
-    """Our engine with `slots` requests, or vLLM, for which the policy leaves the GPU; a service's memory is not this machine's."""
+    """Our engine, or vLLM, for which the policy leaves the GPU; a service's memory is not this machine's."""
     if config.engine == "service":
         return {"policy": width * model.parameters}
     if config.engine != "transformers" and machine.gpus:
         return {"vLLM": int(MEMORY_SHARE * machine.memory)}
+    return _ours(config, model, width)
+
+
+def _ours(config: Any, model: Architecture, width: int) -> Parts:
+    """Our engine with `slots` requests."""
     time = _time(config, model, config.max_tokens)
     return {
         "policy": width * model.parameters,
@@ -311,8 +316,8 @@ def _qsharp(config: Any, launch: Launch, machine: Machine) -> Stages:
         "DeepSpeed's buffers": memory.zero_buffers((value,), precision, launch),
         "activations": acts,
     }
-    guided = _sampling(config, model, width, machine)
-    if not shared and "KV cache" in guided:
+    guided = _ours(config, model, width)  # whatever samples: CD's beta is looked for here
+    if not shared:
         children = config.slots * config.guidance.candidates if settings.head == "v" else config.slots
         guided["value model"] = width * value.weights
         guided["KV cache"] += memory.kv_cache(body, config.slots, time + config.guidance.candidates, width)

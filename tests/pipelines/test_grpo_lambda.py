@@ -149,7 +149,7 @@ def test_processes_share_what_a_step_takes(tmp_path):
 
 def test_no_more_is_validated_at_once_than_trained_on(tmp_path):
     """TRL puts an evaluation's batch through one forward, logits and all."""
-    for batch_size, prompts, expected in ((16, 100, 16), (18, 100, 16), (16, 3, 12), (2, 100, 4)):
+    for batch_size, prompts, expected in ((16, 100, 16), (18, 100, 16), (16, 3, 12), (2, 100, 4), (16, 5, 12)):
         training = replace(SMALL.training, prompts_per_step=72, samples=8, batch_size=batch_size)
         config = replace(SMALL, training=training, validation_prompts=prompts, validation_samples=4)
         assert arguments(config, "grpo", tmp_path, True).per_device_eval_batch_size == expected

@@ -74,14 +74,16 @@ def test_each_rank_generates_its_share_and_a_service_all_of_it():
     assert "roll-outs" not in stages and stages["sampling"].keys() == {"policy"}
 
 
-def test_vllm_takes_its_share_alone():
+def test_vllm_takes_its_share_alone_and_the_beta_of_cd_is_looked_for_here():
     from dataclasses import replace
 
     recipe = read("qsharp/gsm8k_qwen")
     value, guidance = replace(recipe.config.value, head="q"), replace(recipe.config.guidance, outside="mask")
     config = replace(recipe.config, engine="vllm", value=value, guidance=guidance)
     stages = reckon(replace(recipe, config=config), Machine(1, int(80e9)))
-    assert stages["sampling"] == stages["guided"] == {"vLLM": int(0.85 * 80e9)}
+    assert stages["sampling"] == {"vLLM": int(0.85 * 80e9)}
+    ours = replace(recipe, config=replace(config, engine="transformers"))
+    assert stages["guided"] == reckon(ours, Machine(1, int(80e9)))["guided"]
 
 
 def test_a_batch_of_pairs_has_twice_as_many_rows():
