@@ -179,7 +179,7 @@ def comparable(runs: Sequence[Recorded]) -> list[Measured]:
         for run, arm in arms:
             alike = len(scores[arm.title]) > 1 and len(set(scores[arm.title])) == 1
             title = arm.title if alike or len(runs) == 1 else f"{run.name}: {arm.title}"
-            if title not in shown or arm.name == "base":
+            if title not in shown or (arm.name == "base" and shown[title].name != "base"):
                 shown[title] = replace(arm, title=title)
         title = ", ".join(titles) if several else first.title
         found.append(replace(first, title=title, arms=tuple(shown.values())))
