@@ -6,7 +6,7 @@ import signal
 from types import FrameType
 
 from posttrain.errors import Terminated
-from posttrain.pipelines.ranks import rank
+from posttrain.pipelines.ranks import LAUNCHED, leave, rank
 
 SAID = {signal.SIGINT: b"posttrain: interrupted; what is finished is kept\n"}
 SAID[signal.SIGTERM] = SAID[signal.SIGINT].replace(b"interrupted", b"terminated")
@@ -45,4 +45,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    status = main()
+    if os.environ.keys() >= LAUNCHED:
+        leave(status)
+    raise SystemExit(status)

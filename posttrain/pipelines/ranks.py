@@ -1,12 +1,14 @@
 """The processes that `accelerate launch` or `torchrun` started for one command: all train, the first does everything else."""
 
+import atexit
+import contextlib
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from posttrain.errors import UserError
 
@@ -99,6 +101,16 @@ def part() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """Ends one of several processes, after what is to be done at exit but without the interpreter's own end: a thread of gloo's
+    or DeepSpeed's that is met there aborts it, with everything done and saved."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # closed
+            stream.flush()
+    os._exit(code)
 
 
 def is_lost_peer(error: BaseException) -> bool:

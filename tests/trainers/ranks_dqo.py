@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from posttrain.models.actor_critic import ActorCritic, new_critic
-from posttrain.pipelines.ranks import part
+from posttrain.pipelines.ranks import leave, part
 from posttrain.trainers.dqo import DQOConfig, DQOTrainer, labelled
 from tests.small_models import BASE
 
@@ -99,3 +99,4 @@ if __name__ == "__main__":
     args = parser.parse_args()
     main(args.out, args.bf16, args.resume)
     part()
+    leave(0)

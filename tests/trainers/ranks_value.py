@@ -9,7 +9,7 @@ from pathlib import Path
 
 from posttrain.models.load import load_model
 from posttrain.models.value import new_value_model
-from posttrain.pipelines.ranks import part
+from posttrain.pipelines.ranks import leave, part
 from posttrain.trainers.value import ValueConfig, ValueTrainer
 from tests.trainers.ranks_dqo import write_report
 
@@ -54,3 +54,4 @@ if __name__ == "__main__":
     args = parser.parse_args()
     main(args.out, args.resume)
     part()
+    leave(0)

@@ -11,7 +11,7 @@ from pathlib import Path
 from test_grpo_lambda import arguments, data, verdicts
 
 from posttrain.models.load import load_model
-from posttrain.pipelines.ranks import part
+from posttrain.pipelines.ranks import leave, part
 from posttrain.trainers.engine_rollouts import engine_rollouts
 from posttrain.trainers.grpo_lambda import GRPOLambdaConfig, GRPOLambdaTrainer
 
@@ -46,3 +46,4 @@ def main(out: Path) -> None:
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
     part()
+    leave(0)

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 from posttrain.data import arithmetic
 from posttrain.data.prompts import messages_for, render
 from posttrain.models.load import load_model
-from posttrain.pipelines.ranks import part
+from posttrain.pipelines.ranks import leave, part
 
 
 def main(out: Path) -> None:
@@ -48,3 +48,4 @@ def main(out: Path) -> None:
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
     part()
+    leave(0)
