@@ -129,22 +129,14 @@ class Replicas:
         """Every replica again, with this guide; what they have in common then, besides its settings, is asked anew. One that
         cannot be told stays out. Errors: UserError naming `guide` for one that is refused, and as `complete`."""
         asked = {"folder": folder, "guidance": guidance}
-        answers = await asyncio.gather(
-            *(
-                self._send("POST", replica, GUIDE, self._timeout if replica.up else self._probe, asked)
-                for replica in self.replicas
-            ),
-            return_exceptions=True,
-        )
         untold = []
-        for replica, answer in zip(self.replicas, answers, strict=True):
-            if not isinstance(answer, httpx.Response):
-                untold.append(f"{replica.url} {answer}")
-            elif answer.status_code == 400:
-                raise UserError(f"guide: the service refuses it: {_shown(answer)}")
-            elif answer.status_code != 202:
-                untold.append(f"{replica.url} answers {_shown(answer)}")
-            elif _json(answer).get("guidance") != settings:
+        told = await asyncio.gather(*(self._start(replica, asked) for replica in self.replicas), return_exceptions=True)
+        for replica, found in zip(self.replicas, told, strict=True):
+            if isinstance(found, Lost):
+                untold.append(f"{replica.url} {found}")
+            elif isinstance(found, BaseException):
+                raise found
+            elif found.get("guidance") != settings:
                 raise UserError(f"guide: {replica.url} reads another one in {folder}; all must see the same files")
         if len(untold) == len(self.replicas):
             raise UserError(f"guide: no replica starts anew with it: {'; '.join(untold)}")
@@ -152,6 +144,15 @@ class Replicas:
         for replica in self.replicas:
             replica.up = False
         await self.open(START)
+
+    async def _start(self, replica: Replica, asked: Json) -> Json:
+        """What it will guide by."""
+        answer = await self._send("POST", replica, GUIDE, self._timeout if replica.up else self._probe, asked)
+        if answer.status_code == 400:
+            raise UserError(f"guide: the service refuses it: {_shown(answer)}")
+        if answer.status_code != 202:
+            raise Lost(f"answers {_shown(answer)}")
+        return _json(answer)
 
     async def _push(self, replica: Replica, folder: str) -> None:
         try:

@@ -49,6 +49,23 @@ def test_a_process_that_dies_in_a_step_ends_all_with_one_readable_error(tmp_path
     assert said == ["posttrain: error: launch: another process has ended; the last checkpoint is kept"], done.stderr
 
 
+# What is registered is done and what was said is heard, though a thread would keep the interpreter for minutes.
+LEAVING = """
+import atexit, threading, time
+from posttrain.pipelines.ranks import leave
+
+threading.Thread(target=time.sleep, args=(600,)).start()
+atexit.register(print, "at exit")
+print("said")
+leave(3)
+"""
+
+
+def test_a_process_that_leaves_meets_no_thread() -> None:
+    done = subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert (done.returncode, done.stdout) == (3, "said\nat exit\n")
+
+
 def test_what_joined_the_processes_of_a_command_is_ended_with_it(tmp_path: Path) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
