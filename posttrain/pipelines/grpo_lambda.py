@@ -482,9 +482,8 @@ def arguments(config: GRPOLambdaRunConfig, arm: str, folder: Path, use_cpu: bool
     if config.validation_prompts:
         samples = config.validation_samples
         share, limit = math.ceil(config.validation_prompts / processes), max(1, settings.batch_size // samples)
-        prompts = math.ceil(
-            share / math.ceil(share / limit)
-        )  # even: TRL's mean is over batches, however small the last one
+        # Even batches: TRL's mean is over batches, however small the last one.
+        prompts = math.ceil(share / math.ceil(share / limit))
         own |= {"eval_strategy": "steps", "eval_steps": config.validation_steps, "eval_on_start": True}
         own |= {
             "num_generations_eval": samples,
